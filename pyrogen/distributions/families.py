@@ -1,0 +1,210 @@
+"""Families that are explicit in every direction: standard normal, normal, multivariate normal and point mass.
+
+A *family* is a class of conditional distribution: an ``nn.Module`` whose call returns a Pyro distribution. Called as
+``family(features, context)`` it builds one; with ``context=0`` its parameters are free and it can serve as a prior,
+with a context its parameters are a linear map of the context and it can serve as an amortised posterior.
+"""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.transforms import ReshapeTransform
+from torch import Tensor, nn
+
+__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "as_shape", "bounded_exp"]
+
+LOG_SCALE_BOUND = 12.0
+
+
+def as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
+    """An event shape from an integer or a shape: ``8`` means ``(8,)``."""
+    shape = (size,) if isinstance(size, int) else tuple(int(n) for n in size)
+    if any(n < 1 for n in shape):
+        raise ValueError(f"a size must be positive, got {size}; pass an integer or an event shape such as (1, 28, 28)")
+    return shape
+
+
+def bounded_exp(raw: Tensor) -> Tensor:
+    r"""A positive scale from an unconstrained value, bounded smoothly so that it can neither vanish nor overflow.
+
+    .. math:: \exp(b \tanh(r / b)), \quad b = 12
+
+    Around zero it is :math:`\exp(r)`; its range is about ``(6e-6, 1.6e5)``.
+    """
+    return (LOG_SCALE_BOUND * (raw / LOG_SCALE_BOUND).tanh()).exp()
+
+
+class Parameters(nn.Module):
+    """The ``outputs`` real parameters of a distribution: free ones, or a linear map of a context.
+
+    Args:
+        outputs: How many parameters.
+        context: Width ``C`` of the context, or 0 for free parameters.
+
+    Shapes:
+        context ``(..., C)`` gives ``(..., outputs)``; without a context the result is ``(outputs,)``.
+    """
+
+    def __init__(self, outputs: int, context: int = 0) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.context = context
+        if context:
+            self.linear = nn.Linear(context, outputs)
+        else:
+            self.free = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, context: Tensor | None = None) -> Tensor:
+        if not self.context:
+            if context is not None:
+                raise ValueError(
+                    f"this distribution was built without a context but got one of shape {tuple(context.shape)}; "
+                    "pass context= when building it"
+                )
+            return self.free
+        if context is None or context.shape[-1] != self.context:
+            came = "none" if context is None else f"shape {tuple(context.shape)}"
+            raise ValueError(f"expected a context of shape (..., {self.context}), got {came}")
+        return self.linear(context)
+
+    @property
+    def initial(self) -> Tensor:
+        """The parameters that hold the values reached at a context of zero; for initialisation."""
+        return self.linear.bias if self.context else self.free
+
+
+class StandardNormal(nn.Module):
+    r"""The fixed prior of most latent-variable models.
+
+    .. math:: p(z) = \mathcal{N}(z; 0, I)
+
+    Args:
+        features: Event shape, or its length.
+
+    Example:
+        >>> StandardNormal(3)().event_shape
+        torch.Size([3])
+    """
+
+    zero: Tensor
+
+    def __init__(self, features: int | Sequence[int]) -> None:
+        super().__init__()
+        self.features = features
+        self.shape = as_shape(features)
+        # A buffer, so that the distribution stands on the module's device and has its precision.
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, context: Tensor | None = None) -> dist.Distribution:
+        batch = () if context is None else context.shape[:-1]
+        zero = self.zero.expand(batch + self.shape)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(len(self.shape))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}"
+
+
+class Normal(nn.Module):
+    r"""A normal distribution with diagonal covariance: the mean-field family.
+
+    .. math:: q(z \mid c) = \prod_j \mathcal{N}(z_j; \mu_j(c), \sigma_j(c)^2)
+
+    The log-scale is bounded smoothly to about ±12. Kingma & Welling 2014, *Auto-encoding variational Bayes*, 1312.6114.
+
+    Args:
+        features: Event shape, or its length ``D``.
+        context: Width ``C`` of the context; 0 makes location and scale free parameters, started at N(0, I).
+
+    Shapes:
+        context ``(..., C)`` gives batch shape ``(...)`` and event shape ``(D,)``.
+
+    Example:
+        >>> Normal(3, context=5)(torch.zeros(7, 5)).batch_shape
+        torch.Size([7])
+    """
+
+    def __init__(self, features: int | Sequence[int], context: int = 0) -> None:
+        super().__init__()
+        self.features = features
+        self.context = context
+        self.shape = as_shape(features)
+        self.parameters_of = Parameters(2 * math.prod(self.shape), context)
+
+    def forward(self, context: Tensor | None = None) -> dist.Distribution:
+        loc, raw = self.parameters_of(context).chunk(2, -1)
+        if len(self.shape) != 1:
+            shape = loc.shape[:-1] + self.shape
+            loc, raw = loc.reshape(shape), raw.reshape(shape)
+        return dist.Normal(loc, bounded_exp(raw)).to_event(len(self.shape))
+
+
+class MultivariateNormal(nn.Module):
+    r"""A normal distribution with full covariance, through its Cholesky factor.
+
+    .. math:: q(z \mid c) = \mathcal{N}(z; \mu(c), L(c) L(c)^\top)
+
+    Args:
+        features: Event shape, or its length ``D``; all values of the event are correlated with each other.
+        context: Width ``C`` of the context; 0 makes the parameters free, started at N(0, I).
+
+    Shapes:
+        context ``(..., C)`` gives batch shape ``(...)`` and event shape ``(D,)``.
+
+    Example:
+        >>> MultivariateNormal(3)().covariance_matrix.shape
+        torch.Size([3, 3])
+    """
+
+    lower: Tensor
+
+    def __init__(self, features: int | Sequence[int], context: int = 0) -> None:
+        super().__init__()
+        self.features = features
+        self.context = context
+        self.shape = as_shape(features)
+        d = math.prod(self.shape)
+        self.parameters_of = Parameters(2 * d + d * (d - 1) // 2, context)
+        self.register_buffer("lower", torch.tril_indices(d, d, -1), persistent=False)
+
+    def forward(self, context: Tensor | None = None) -> dist.Distribution:
+        d = math.prod(self.shape)
+        parameters = self.parameters_of(context)
+        loc, raw, below = parameters.split([d, d, self.lower.shape[1]], -1)
+        tril = torch.diag_embed(bounded_exp(raw))
+        tril[..., self.lower[0], self.lower[1]] = below
+        normal = dist.MultivariateNormal(loc, scale_tril=tril)
+        if len(self.shape) == 1:
+            return normal
+        return dist.TransformedDistribution(normal, [ReshapeTransform((d,), self.shape)])
+
+
+class Delta(nn.Module):
+    r"""A point mass at a learned location: turns a VAE into an autoencoder.
+
+    .. math:: q(z \mid c) = \delta(z - \mu(c))
+
+    Its log-density counts as zero, so ``ELBO(beta=0.0)`` with this guide is the loss of a plain autoencoder, and
+    ``ELBO()`` that of one penalised by −log p(z), the maximum a posteriori estimate. A rate, a marginal KL or a
+    log-likelihood by importance sampling is not defined for a point mass.
+
+    Args:
+        features: Event shape, or its length ``D``.
+        context: Width ``C`` of the context; 0 makes the location a free parameter, started at 0.
+
+    Example:
+        >>> Delta(2, context=3)(torch.zeros(4, 3)).rsample().shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, features: int | Sequence[int], context: int = 0) -> None:
+        super().__init__()
+        self.features = features
+        self.context = context
+        self.shape = as_shape(features)
+        self.parameters_of = Parameters(math.prod(self.shape), context)
+
+    def forward(self, context: Tensor | None = None) -> dist.Distribution:
+        loc = self.parameters_of(context)
+        return dist.Delta(loc.reshape(loc.shape[:-1] + self.shape), event_dim=len(self.shape))

@@ -1,0 +1,138 @@
+"""Mixtures: of normals with learned components, and of the guide's own posteriors (the VampPrior)."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.transforms import ReshapeTransform
+from torch import Tensor, nn
+
+from pyrogen.distributions.families import Parameters, as_shape, bounded_exp
+
+__all__ = ["EqualMixture", "Mixture", "Vamp"]
+
+
+class Mixture(nn.Module):
+    r"""A mixture of normals with diagonal covariances, with pathwise gradients for its samples.
+
+    .. math:: q(z \mid c) = \sum_k \pi_k(c) \, \mathcal{N}(z; \mu_k(c), \operatorname{diag} \sigma_k(c)^2)
+
+    Jankowiak & Karaletsos 2019, *Pathwise derivatives for multivariate distributions*, 1806.01856, give the gradient
+    of samples with respect to the weights. It needs at least two values in the event; a mixture over a single value
+    can be a prior but, having no reparameterised sample, not a posterior.
+
+    Args:
+        features: Event shape, or its length ``D``.
+        context: Width ``C`` of the context; 0 makes the parameters free.
+        components: How many normals. They start with unit scale at locations drawn from N(0, I).
+
+    Shapes:
+        context ``(..., C)`` gives batch shape ``(...)`` and event shape ``(D,)``.
+
+    Example:
+        >>> Mixture(2, components=5)().rsample((4,)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, features: int | Sequence[int], context: int = 0, *, components: int = 10) -> None:
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"components must be at least 1, got {components}")
+        self.features = features
+        self.context = context
+        self.components = components
+        self.shape = as_shape(features)
+        d = math.prod(self.shape)
+        self.parameters_of = Parameters(components * (2 * d + 1), context)
+        with torch.no_grad():
+            self.parameters_of.initial[: components * d].normal_()
+
+    def forward(self, context: Tensor | None = None) -> dist.Distribution:
+        k, d = self.components, math.prod(self.shape)
+        loc, raw, logits = self.parameters_of(context).split([k * d, k * d, k], -1)
+        loc, scale = loc.unflatten(-1, (k, d)), bounded_exp(raw.unflatten(-1, (k, d)))
+        if d > 1:
+            mixture: dist.Distribution = dist.MixtureOfDiagNormals(loc, scale, logits)
+        else:
+            mixture = dist.MixtureSameFamily(
+                dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1)
+            )
+        if len(self.shape) == 1:
+            return mixture
+        return dist.TransformedDistribution(mixture, [ReshapeTransform((d,), self.shape)])
+
+
+class EqualMixture(dist.MixtureSameFamily):
+    """A mixture whose components may be flows: values meet the components in full shape, not by broadcasting."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        components = self.component_distribution
+        value = self._pad(value)
+        shape = torch.broadcast_shapes(value.shape, components.batch_shape + components.event_shape)
+        log_prob = components.log_prob(value.expand(shape))
+        return torch.logsumexp(log_prob + self.mixture_distribution.logits, -1)
+
+
+class Vamp(nn.Module):
+    r"""The VampPrior: the prior is the equal mixture of the guide's posteriors at learned pseudo-inputs.
+
+    .. math:: p(z) = \frac{1}{K} \sum_{k=1}^{K} q(z \mid u_k)
+
+    Tomczak & Welling 2018, *VAE with a VampPrior*, 1705.07120. The pseudo-inputs :math:`u_k` are learned without
+    constraint. The prior needs to know the posterior: :class:`~pyrogen.inference.AmortizedGuide` binds itself to every
+    ``Vamp`` it finds in its model; with a guide of your own call :meth:`bind`.
+
+    Args:
+        features: Event shape of the latent, or its length ``D``.
+        inputs: Event shape of the data (pseudo-inputs then start uniform in [0, 1]), or a tensor ``(N, *event_shape)``
+            of at least one observation, whose rows in turn start the pseudo-inputs.
+        components: How many pseudo-inputs ``K``.
+
+    Raises:
+        RuntimeError: When called before a posterior was bound.
+
+    Example:
+        >>> prior = Vamp(2, inputs=(1, 4, 4), components=8)
+        >>> prior.bind(lambda u: dist.Normal(u.flatten(1)[:, :2], 1.0).to_event(1))
+        >>> prior().sample((5,)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self, features: int | Sequence[int], inputs: Sequence[int] | Tensor, *, components: int = 500
+    ) -> None:
+        super().__init__()
+        if components < 1:
+            raise ValueError(f"components must be at least 1, got {components}")
+        self.features = features
+        self.components = components
+        if isinstance(inputs, Tensor):
+            if not inputs.is_floating_point() or len(inputs) == 0:
+                raise ValueError(
+                    f"inputs must be a non-empty float tensor (N, *event_shape), got {inputs.dtype} of shape "
+                    f"{tuple(inputs.shape)}; convert stored data with pyrogen.data.as_float"
+                )
+            start = inputs[torch.arange(components) % len(inputs)].detach().clone()
+        else:
+            start = torch.rand(components, *as_shape(inputs))
+        self.inputs = tuple(start.shape[1:])
+        self.pseudo_inputs = nn.Parameter(start)
+        self._posterior: Callable[[Tensor], dist.Distribution] | None = None
+
+    def bind(self, posterior: Callable[[Tensor], dist.Distribution]) -> None:
+        """Say what the posterior of this prior's site is: a callable from ``(K, *event_shape)`` to q(z | u)."""
+        self._posterior = posterior
+
+    def forward(self, context: Tensor | None = None) -> dist.Distribution:
+        if self._posterior is None:
+            raise RuntimeError(
+                "a Vamp prior is a mixture of the guide's posteriors and no guide is bound to it yet; build an "
+                "AmortizedGuide for the model, or call prior.bind(posterior)"
+            )
+        posterior = self._posterior(self.pseudo_inputs)
+        weights = dist.Categorical(logits=self.pseudo_inputs.new_zeros(self.components))
+        return EqualMixture(weights, posterior)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, inputs={self.inputs}, components={self.components}"

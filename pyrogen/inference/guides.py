@@ -1,0 +1,284 @@
+"""An amortized guide for any program: one encoder, one conditional distribution for each latent site."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.transforms import biject_to
+from pyro.nn import PyroModule
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor, nn
+
+from pyrogen.distributions.families import Normal, StandardNormal
+from pyrogen.distributions.mixtures import EqualMixture, Vamp
+from pyrogen.inference.programs import (
+    Site,
+    describe_example,
+    encode,
+    is_real,
+    latent_sites,
+    make_example,
+    observed_sites,
+    prototype,
+    sample_sites,
+)
+
+__all__ = ["AmortizedGuide", "Family"]
+
+Family = Callable[[int | tuple[int, ...], int], nn.Module] | nn.Module
+"""What builds a conditional distribution from ``(features, context)``, or one already built."""
+
+
+class AmortizedGuide(PyroModule):
+    r"""A guide for any Pyro program, amortised by an encoder.
+
+    .. math:: q(z, \theta \mid x) = q(\theta) \prod_i \prod_s q_s(z_{i,s} \mid f(x_i), z_{i,<s}, \theta)
+
+    The latent sites are read off a trace of the model: shapes, supports, plates and order. Each per-observation site
+    gets a conditional distribution of its own, conditioned on the encoder's features :math:`f(x)` and on the latent
+    sites already drawn, and mapped to the site's support. Elements of a nested plate are independent given these, each
+    with a context of its own. Global sites get a distribution without features, by default mean-field normal.
+
+    Args:
+        model: The program to be guided. The guide keeps a reference, not its parameters.
+        encoder: A module from the tensors of a batch, ``(B, ...)`` each, to features ``(B, C)``.
+        family: A family such as :class:`~pyrogen.distributions.Normal`, called as ``family(features, context)``; a
+            conditional distribution already built; or a mapping from site names to these, in which sites left out get
+            ``Normal``. A family not given by name does not apply to global sites.
+        example: A batch on which the model can run, or shape and type of its tensors. Needed only by a model that reads more of its batch than the
+            length when nothing is observed, or that observes several sites.
+
+    Raises:
+        ValueError: If the model has a discrete latent site, no latent site at all, or a name in ``family`` is not one
+            of its sites; if it cannot be traced without an ``example``.
+
+    Example:
+        >>> from pyrogen.distributions import Bernoulli, Flow, StandardNormal
+        >>> from pyrogen.models import LatentVariableModel
+        >>> from pyrogen.networks import MLP
+        >>> model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, (1, 4, 4))))
+        >>> guide = AmortizedGuide(model, encoder=MLP((1, 4, 4), 32), family=Flow)
+        >>> guide(torch.zeros(5, 1, 4, 4))["z"].shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        encoder: nn.Module,
+        family: Family | Mapping[str, Family] = Normal,
+        *,
+        example: Tensor | Sequence[Tensor] | Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        # Kept outside the module tree: the model's parameters are not the guide's.
+        self.__dict__["model"] = model
+        self.encoder = encoder
+        self.family = family
+        batch = None if example is None else _as_example(example)
+        self.example = None if batch is None else describe_example(batch)
+        priors = [part for part in _modules(model) if isinstance(part, Vamp)]
+        for prior in priors:
+            prior.bind(StandardNormal(prior.features).forward)
+        batch, trace = _read(model) if batch is None else (batch, prototype(model, *batch))
+        self.sites = latent_sites(trace)
+        if not self.sites:
+            raise ValueError("the model has no latent site to guide; train it with guide=None")
+        if isinstance(family, Mapping) and (unknown := family.keys() - self.sites.keys()):
+            raise ValueError(f"family names the sites {sorted(unknown)}, but the model's are {[*self.sites]}")
+        with torch.no_grad():
+            features = encoder(*batch)
+        width = features.flatten(1).shape[1]
+        self.conditionals = nn.ModuleDict()
+        self.contexts = nn.ModuleDict()
+        for site in self.sites.values():
+            self._add(site, width)
+            width += math.prod(_flat_shape(site))
+        self._bind(priors, trace)
+
+    def _family_of(self, site: Site) -> Family:
+        if isinstance(self.family, Mapping):
+            return self.family.get(site.name, Normal)
+        return Normal if site.is_global else self.family
+
+    def _add(self, site: Site, width: int) -> None:
+        others = [plate.size for plate in site.plates if plate.name != "data"]
+        if site.is_global:
+            context = math.prod(others) if others else 0
+        else:
+            context = width
+            first = site.name == next(iter(self.sites))
+            if others or not first:
+                self.contexts[_key(site)] = _Context(width, tuple(others), residual=not first)
+        family = self._family_of(site)
+        built = isinstance(family, nn.Module)
+        self.conditionals[_key(site)] = family if built else family(_features(site), context)
+
+    def _bind(self, priors: list[Vamp], trace: poutine.Trace) -> None:
+        first = next(iter(self.sites.values()))
+        for name, node in sample_sites(trace).items():
+            if isinstance(node["fn"], EqualMixture) and (name != first.name or len(first.plates) != 1):
+                raise ValueError(
+                    f"site '{name}' has a Vamp prior, which needs a posterior that depends on the data alone; it must "
+                    "be the first latent site of the model and in no nested plate"
+                )
+        for prior in priors:
+            prior.bind(self._posterior_of_first_site)
+
+    def _posterior_of_first_site(self, x: Tensor) -> dist.Distribution:
+        site = next(iter(self.sites.values()))
+        return self._distribution(site, self.encoder(x).flatten(1))
+
+    def _distribution(self, site: Site, parts: Tensor) -> dist.Distribution:
+        """q of one site from the features and the sites drawn so far, ``(B, C)``."""
+        conditional = self.conditionals[_key(site)]
+        if site.is_global:
+            sizes = [plate.size for plate in site.plates]
+            # One row of the identity for each element of the plates: free parameters for each.
+            context = torch.eye(math.prod(sizes), dtype=parts.dtype, device=parts.device) if sizes else None
+            if context is not None:
+                context = context.reshape(*sizes, -1)
+        else:
+            key = _key(site)
+            context = self.contexts[key](parts) if key in self.contexts else parts
+        q = conditional(_place(site, context)) if context is not None else conditional()
+        return _supported(site, q)
+
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Draw every latent site; returns the draws by name."""
+        rows = len(batch[0])
+        plates = {plate.name: plate for site in self.sites.values() for plate in site.plates}
+        opened = {name: _plate(frame, rows) for name, frame in plates.items()}
+        parts = encode(self.encoder, *batch).flatten(1)
+        draws = {}
+        for site in self.sites.values():
+            q = self._distribution(site, parts)
+            with ExitStack() as stack:
+                for plate in site.plates:
+                    stack.enter_context(opened[plate.name])
+                draws[site.name] = pyro.sample(site.name, q)
+            if len(draws) < len(self.sites):
+                parts = torch.cat([parts, _flatten(site, draws[site.name], rows)], -1)
+        return draws
+
+    def extra_repr(self) -> str:
+        return f"sites={[*self.sites]}"
+
+
+class _Context(nn.Module):
+    """The context of one site: one vector for each element of its nested plates, with a residual layer where sites
+    drawn earlier take part."""
+
+    def __init__(self, width: int, plates: tuple[int, ...], *, residual: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.plates = plates
+        self.spread = nn.Linear(width, math.prod(plates) * width) if plates else None
+        self.residual = None
+        if residual:
+            self.residual = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            nn.init.zeros_(self.residual[-1].bias)
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """``(B, width)`` gives ``(B, *plates, width)``."""
+        if self.residual is not None:
+            parts = parts + self.residual(parts)
+        if self.spread is not None:
+            parts = self.spread(parts).unflatten(-1, (*self.plates, self.width))
+        return parts
+
+
+def _as_example(example: Tensor | Sequence[Tensor] | Sequence[dict[str, Any]]) -> tuple[Tensor, ...]:
+    batch = (example,) if isinstance(example, Tensor) else tuple(example)
+    return make_example(batch) if isinstance(batch[0], Mapping) else batch
+
+
+def _read(model: Callable) -> tuple[tuple[Tensor, ...], poutine.Trace]:
+    """A batch for the encoder and a trace of the model with nothing observed."""
+    device = next((parameter.device for part in _modules(model) for parameter in part.parameters()), None)
+    try:
+        trace = prototype(model, torch.zeros(2, device=device), observed=False)
+    except Exception as error:
+        raise ValueError(
+            f"the model could not run on a stand-in batch of two rows ({type(error).__name__}: {error}); it reads more "
+            "of its batch than the length. Pass example=, a batch on which it can run, such as data.train[:2] as floats"
+        ) from error
+    names = [name for name in observed_sites(trace)]
+    if len(names) != 1:
+        raise ValueError(
+            f"the model observes {len(names)} sites {names}, so what the encoder will get is not clear; pass example=, "
+            "a batch on which the model can run"
+        )
+    return (trace.nodes[names[0]]["value"],), trace
+
+
+def _modules(model: Callable) -> list[nn.Module]:
+    return list(model.modules()) if isinstance(model, nn.Module) else []
+
+
+def _key(site: Site) -> str:
+    """The site's name as a module's name, which cannot hold a dot."""
+    return site.name.replace(".", "-")
+
+
+def _unconstrained_shape(site: Site) -> tuple[int, ...]:
+    return tuple(biject_to(site.support).inverse_shape(torch.Size(site.shape)))
+
+
+def _flat_shape(site: Site) -> tuple[int, ...]:
+    """Shape of all the site's unconstrained values that belong to one observation."""
+    return tuple(plate.size for plate in site.plates if plate.name != "data") + _unconstrained_shape(site)
+
+
+def _features(site: Site) -> int | tuple[int, ...]:
+    shape = _unconstrained_shape(site)
+    return shape[0] if len(shape) == 1 else shape
+
+
+def _plate(frame: CondIndepStackFrame, rows: int) -> pyro.plate:
+    if frame.name != "data":
+        return pyro.plate(frame.name, frame.size, dim=frame.dim)
+    if frame.full_size in (None, frame.size):
+        return pyro.plate("data", rows, dim=frame.dim)
+    return pyro.plate("data", frame.full_size, subsample=torch.arange(rows), dim=frame.dim)
+
+
+def _place(site: Site, context: Tensor) -> Tensor:
+    """Bring a context ``(B, *nested plates, C)``, or ``(*plates, C)`` at a global site, to the plates' dimensions."""
+    plates = sorted(site.plates, key=lambda plate: plate.name != "data")
+    dims = [plate.dim for plate in plates]
+    order = sorted(range(len(dims)), key=lambda axis: dims[axis])
+    sizes = {dims[axis]: context.shape[axis] for axis in order}
+    shape = [sizes.get(dim, 1) for dim in range(min(dims), 0)]
+    return context.permute(*order, len(dims)).reshape(*shape, context.shape[-1])
+
+
+def _flatten(site: Site, value: Tensor, rows: int) -> Tensor:
+    """All unconstrained values of a site that belong to one observation, ``(B, n)``."""
+    if not is_real(site.support):
+        value = biject_to(site.support).inv(value)
+    if site.is_global:
+        return value.reshape(1, -1).expand(rows, -1)
+    data = next(plate.dim for plate in site.plates if plate.name == "data")
+    return value.movedim(data - len(_unconstrained_shape(site)), 0).reshape(rows, -1)
+
+
+def _supported(site: Site, q: dist.Distribution) -> dist.Distribution:
+    """A distribution over unconstrained values, mapped to the site's support."""
+    expected = _unconstrained_shape(site)
+    if tuple(q.event_shape) != expected:
+        raise ValueError(
+            f"the conditional distribution of site '{site.name}' has event shape {tuple(q.event_shape)}, expected "
+            f"{expected} (the site's shape {site.shape} before it is mapped to its support)"
+        )
+    if is_real(site.support):
+        return q
+    transform = biject_to(site.support)
+    if isinstance(q, dist.Delta):
+        return dist.Delta(transform(q.v), event_dim=len(site.shape))
+    return dist.TransformedDistribution(q, [transform])

@@ -1,0 +1,491 @@
+r"""Objectives for explicit guides: the evidence lower bound and its relatives.
+
+Each is a ``pyro.infer.ELBO``: it goes into ``pyro.infer.SVI(model, guide, optim, loss=objective)``, and as a module
+``objective(model, guide)(x)`` returns the loss. Losses are in nats per observation. With K particles each row of the
+batch is copied K times, and the log-weights
+
+.. math:: \log w_{k,i} = \log p(x_i, z_{k,i} \mid \theta) - \log q(z_{k,i} \mid x_i, \theta), \quad \theta \sim q(\theta)
+
+have shape ``(K, B)``; whatever is done over particles is done per observation. Global sites θ are drawn once and add
+their divergence, divided by the number N of observations in the whole data set:
+
+.. math:: \mathcal{L} = -\frac{1}{B} \sum_i b(w_{\cdot,i}) + \frac{1}{N} \operatorname{KL}(q(\theta) \| p(\theta))
+
+so that the expected loss of a minibatch is that of the whole data set.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+import pyro.infer
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrogen.inference.divergences import closed_form_kl, kl_by_dimension
+from pyrogen.inference.programs import Copies, data_frame, observed_sites, per_row, repeat, sample_sites
+
+__all__ = ["ELBO", "IWAE", "Estimate", "Objective", "Renyi", "Terms", "run_programs"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one run of guide and model says, site by site, in nats.
+
+    Attributes:
+        log_likelihoods: log p(x | z) at each observed site, ``(K, B)``.
+        ratios: log q − log p at each per-observation latent site, ``(K, B)``; its expectation where a closed form was
+            used.
+        global_ratios: The same at each global site, ``()``.
+        observations: How many observations the whole data set has.
+        guide_trace, model_trace: The traces themselves, of ``K * B`` rows.
+    """
+
+    log_likelihoods: dict[str, Tensor]
+    ratios: dict[str, Tensor]
+    global_ratios: dict[str, Tensor]
+    observations: int
+    guide_trace: poutine.Trace
+    model_trace: poutine.Trace
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        return _total(self.log_likelihoods)
+
+    @property
+    def ratio(self) -> Tensor:
+        return _total(self.ratios) if self.ratios else torch.zeros_like(self.log_likelihood)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log w of shape ``(K, B)``, without global sites."""
+        return self.log_likelihood - self.ratio
+
+    @property
+    def global_rate(self) -> Tensor | float:
+        """Divergence of the global sites per observation."""
+        return _total(self.global_ratios) / self.observations if self.global_ratios else 0.0
+
+    def origin_of_nan(self) -> str:
+        """Where a value that is not finite appears first."""
+        for name, node in sample_sites(self.guide_trace).items():
+            if not torch.isfinite(node["value"]).all():
+                return f"the draw of the guide's site '{name}'"
+            if name in self.ratios and not torch.isfinite(self.ratios[name]).all():
+                return f"the log-density ratio of the latent site '{name}'"
+            if name in self.global_ratios and not torch.isfinite(self.global_ratios[name]).all():
+                return f"the log-density ratio of the global site '{name}'"
+        for name, value in self.log_likelihoods.items():
+            if not torch.isfinite(value).all():
+                return f"the log-likelihood of the observed site '{name}'"
+        return "the objective itself, with every site finite"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One evaluation of an objective: the loss to be differentiated, figures to be logged, and where they come from."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    terms: Terms
+
+
+class ObjectiveModule(nn.Module):
+    """An objective with its two programs; its call takes a batch and returns the loss in nats per observation.
+
+    Parameters of programs stay in a store of their own, never in Pyro's global one.
+    """
+
+    def __init__(self, model: Callable, guide: Callable | None, objective: "Objective") -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+        self.elbo = objective
+        self._store: dict[str, dict] = {"params": {}, "constraints": {}}
+        self.latest: Estimate | None = None
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        """The loss of a batch; ``latest`` then holds the whole :class:`Estimate`."""
+        with pyro.get_param_store().scope(self._store):
+            self.latest = self.elbo.estimate(self.model, self.guide, *batch)
+        return self.latest.loss
+
+    def bound(self, *batch: Tensor) -> Tensor:
+        """The bound of each observation, see :meth:`Objective.bound`."""
+        with pyro.get_param_store().scope(self._store):
+            return self.elbo.bound(self.model, self.guide, *batch)
+
+
+class Objective(pyro.infer.ELBO):
+    """Base of the objectives with explicit guides; a sibling says what it makes of the log-weights.
+
+    Args:
+        particles: Number K of samples for each observation.
+        observations: How many observations the whole data set has. Needed where a program has global sites, the data
+            come in minibatches and the ``"data"`` plate is not a subsampling one; ``fit`` sets it.
+    """
+
+    def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
+        if particles < 1:
+            raise ValueError(f"particles must be at least 1, got {particles}")
+        super().__init__(num_particles=particles)
+        self.particles = particles
+        self.observations = observations
+        self.step = 0
+
+    def __call__(self, model: Callable, guide: Callable | None) -> ObjectiveModule:  # type: ignore[override]
+        return ObjectiveModule(model, guide, self)
+
+    def log_bound(self, log_weights: Tensor) -> Tensor:
+        """From log-weights ``(K, B)`` to the bound of each observation ``(B,)``."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it makes of log-weights")
+
+    def terms(self, model: Callable, guide: Callable, *batch: Tensor) -> Terms:
+        """Run both programs once on K copies of the batch."""
+        return run_programs(model, guide, batch, self.particles, observations=self.observations)
+
+    def bound(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
+        """The bound on the log-likelihood of each observation in nats, ``(B,)``, as it stands: no β, no free bits."""
+        terms = self.terms(model, guide, *batch)
+        return self.log_bound(terms.log_weights) - terms.global_rate
+
+    def loss_of(self, terms: Terms) -> Tensor:
+        """The scalar that is minimised."""
+        return terms.global_rate - self.log_bound(terms.log_weights).mean()
+
+    def estimate(self, model: Callable, guide: Callable, *batch: Tensor) -> Estimate:
+        """The loss of a batch in nats per observation, with the figures that training logs."""
+        terms = self.terms(model, guide, *batch)
+        loss = self.loss_of(terms)
+        if torch.is_grad_enabled():
+            self.step += 1
+        metrics = {
+            "distortion": -terms.log_likelihood.detach().mean(),
+            "rate": terms.ratio.detach().mean(),
+        }
+        if terms.global_ratios:
+            metrics["global_rate"] = terms.global_rate.detach()  # type: ignore[union-attr]
+        return Estimate(loss, metrics, terms)
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
+        """The loss as a tensor, for ``pyro.infer`` and for optimizers of one's own."""
+        return self.estimate(model, guide, *batch).loss
+
+    def loss(self, model: Callable, guide: Callable, *batch: Tensor) -> float:
+        """The loss as a number."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *batch).item()
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *batch: Tensor) -> float:
+        """The loss as a number, its gradients added to the parameters; what ``pyro.infer.SVI`` calls."""
+        loss = self.differentiable_loss(model, guide, *batch)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+        terms = self.terms(model, guide, *args)
+        return terms.model_trace, terms.guide_trace
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(particles={self.particles})"
+
+
+class ELBO(Objective):
+    r"""The evidence lower bound.
+
+    .. math:: \mathcal{L} = -\mathbb{E}_{q(z|x)} \log p(x \mid z) + \beta \operatorname{KL}(q(z \mid x) \| p(z))
+
+    The divergence of each site is the closed form where there is one and guide and model draw their sites in the same
+    order, else the Monte Carlo estimate. Kingma & Welling 2014, 1312.6114.
+
+    Args:
+        particles: Number K of samples, over which the bound is averaged.
+        beta: Weight of the rate: a number, or a schedule from the number of the step to one, such as
+            :class:`~pyrogen.inference.LinearSchedule` (β-VAE: Higgins et al. 2017). Global sites keep weight one.
+        free_bits: λ in nats; the rate becomes :math:`\sum_j \max(\lambda, \operatorname{KL}_j)` with the batch's mean
+            divergence of each latent dimension, or of a whole site where its dimensions are not independent (Kingma
+            et al. 2016, 1606.04934).
+        sticking_the_landing: Evaluate log q with its parameters detached: gradients without the score term, whose
+            variance vanishes at the exact posterior (Roeder et al. 2017, 1703.09194). Rates are then Monte Carlo.
+        observations: See :class:`Objective`.
+
+    Example:
+        >>> ELBO(beta=0.5)
+        ELBO(particles=1)
+    """
+
+    def __init__(
+        self,
+        particles: int = 1,
+        *,
+        beta: float | Callable[[int], float] = 1.0,
+        free_bits: float = 0.0,
+        sticking_the_landing: bool = False,
+        observations: int | None = None,
+    ) -> None:
+        super().__init__(particles, observations=observations)
+        if free_bits < 0 or (not callable(beta) and beta < 0):
+            raise ValueError(f"beta and free_bits cannot be negative, got beta={beta}, free_bits={free_bits}")
+        if free_bits and sticking_the_landing:
+            raise ValueError("free_bits needs expected divergences, sticking_the_landing samples them; choose one")
+        self.beta = beta
+        self.free_bits = free_bits
+        self.sticking_the_landing = sticking_the_landing
+
+    def log_bound(self, log_weights: Tensor) -> Tensor:
+        return log_weights.mean(0)
+
+    def terms(self, model: Callable, guide: Callable, *batch: Tensor) -> Terms:
+        return run_programs(
+            model,
+            guide,
+            batch,
+            self.particles,
+            observations=self.observations,
+            closed_form=not self.sticking_the_landing,
+            frozen_guide=self.sticking_the_landing,
+        )
+
+    def loss_of(self, terms: Terms) -> Tensor:
+        beta = self.beta(self.step) if callable(self.beta) else self.beta
+        rate = self._free_rate(terms) if self.free_bits else terms.ratio.mean()
+        if beta == 0.0:  # a point mass may have an infinite rate, and 0 · ∞ is not 0
+            return terms.global_rate - terms.log_likelihood.mean()
+        return terms.global_rate - terms.log_likelihood.mean() + beta * rate
+
+    def _free_rate(self, terms: Terms) -> Tensor:
+        rate = torch.zeros((), device=terms.log_likelihood.device)
+        for name, ratio in terms.ratios.items():
+            q, p = terms.guide_trace.nodes[name], terms.model_trace.nodes.get(name)
+            by_dimension = None if p is None else kl_by_dimension(q["fn"], p["fn"])
+            mean = ratio.mean() if by_dimension is None else by_dimension.flatten(0, -2).mean(0)
+            rate = rate + mean.clamp(min=self.free_bits).sum()
+        return rate
+
+
+class IWAE(Objective):
+    r"""The importance-weighted bound, its logarithm of the mean taken for each observation.
+
+    .. math:: \mathcal{L} = -\frac{1}{B} \sum_i \mathbb{E} \log \frac{1}{K} \sum_{k=1}^{K} w_{k,i}
+
+    It rises with K from the ELBO (K = 1) to log p(x). With global sites θ it bounds, for one draw of θ,
+
+    .. math:: \log p(X) \ge \mathbb{E}_{q(\theta)} \Big[ \sum_i \log \frac{1}{K} \sum_k w_{k,i}(\theta) \Big]
+              - \operatorname{KL}(q(\theta) \| p(\theta)):
+
+    only the per-observation sites are importance weighted, so for large K it is the bound of a guide that is exact at
+    those. Burda, Grosse & Salakhutdinov 2016, 1509.00519.
+
+    Args:
+        particles: Number K of samples for each observation.
+        gradient: ``"standard"``, or ``"doubly reparameterised"``: the guide's gradient becomes
+            :math:`\sum_k \tilde w_k^2 \, \partial \log w_k / \partial z_k \cdot \partial z_k / \partial \phi`, unbiased
+            too, whose signal does not vanish as K grows (Tucker et al. 2019, 1810.04152).
+        observations: See :class:`Objective`.
+    """
+
+    def __init__(
+        self,
+        particles: int = 16,
+        *,
+        gradient: Literal["standard", "doubly reparameterised"] = "standard",
+        observations: int | None = None,
+    ) -> None:
+        super().__init__(particles, observations=observations)
+        if gradient not in ("standard", "doubly reparameterised"):
+            raise ValueError(f"gradient is 'standard' or 'doubly reparameterised', got {gradient!r}")
+        self.gradient = gradient
+
+    def log_bound(self, log_weights: Tensor) -> Tensor:
+        return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+
+    def terms(self, model: Callable, guide: Callable, *batch: Tensor) -> Terms:
+        if self.gradient == "standard" or not torch.is_grad_enabled():
+            return super().terms(model, guide, *batch)
+        draws = _WeightedDraws()
+        terms = run_programs(
+            model,
+            guide,
+            batch,
+            self.particles,
+            observations=self.observations,
+            frozen_guide=True,
+            through=draws,
+        )
+        draws.weigh(torch.softmax(terms.log_weights.detach(), 0))
+        return terms
+
+
+class Renyi(IWAE):
+    r"""The variational Rényi bound of order α, per observation.
+
+    .. math:: \mathcal{L} = -\frac{1}{B} \sum_i \frac{1}{1 - \alpha} \mathbb{E} \log \frac{1}{K} \sum_k w_{k,i}^{1-\alpha}
+
+    α = 0 is :class:`IWAE`; α → 1 is the :class:`ELBO`. Li & Turner 2016, 1602.02311.
+
+    Args:
+        alpha: The order, any number but 1.
+        particles: Number K of samples for each observation.
+        observations: See :class:`Objective`.
+    """
+
+    def __init__(self, alpha: float = 0.5, particles: int = 16, *, observations: int | None = None) -> None:
+        super().__init__(particles, observations=observations)
+        if alpha == 1:
+            raise ValueError("the Rényi bound of order alpha=1 is the ELBO; use ELBO()")
+        self.alpha = alpha
+
+    def log_bound(self, log_weights: Tensor) -> Tensor:
+        return super().log_bound((1 - self.alpha) * log_weights) / (1 - self.alpha)
+
+
+class _WeightedDraws:
+    """The draws of a guide, passed on unchanged, whose gradients are weighted on their way back.
+
+    The weights are known only when the model has run on the draws, so each draw holds them by a hook.
+    """
+
+    def __init__(self) -> None:
+        self.passed: list[tuple[Tensor, int]] = []
+
+    def __call__(self, node: dict[str, Any]) -> Tensor:
+        value, data = node["value"], data_frame(node)
+        if data is None or not value.requires_grad:
+            return value
+        passed = value.view_as(value)
+        self.passed.append((passed, data.dim - node["fn"].event_dim))
+        return passed
+
+    def weigh(self, weights: Tensor) -> None:
+        """Weight the gradient of every draw by ``(K, B)`` weights."""
+        for passed, axis in self.passed:
+            rows = weights.reshape(-1, *(1,) * (-axis - 1))
+            passed.register_hook(lambda gradient, rows=rows: gradient * rows)
+
+
+def run_programs(
+    model: Callable,
+    guide: Callable,
+    batch: tuple[Tensor, ...],
+    particles: int = 1,
+    *,
+    observations: int | None = None,
+    closed_form: bool = False,
+    frozen_guide: bool = False,
+    through: Callable[[dict[str, Any]], Tensor] | None = None,
+) -> Terms:
+    """Draw from the guide, run the model on the draws, and compare the two site by site.
+
+    Args:
+        model, guide: Programs with the same latent sites.
+        batch: Tensors of B rows.
+        particles: Number K of copies of each row.
+        observations: How many observations the whole data set has; by default what the ``"data"`` plate says.
+        closed_form: Use closed-form divergences where they exist and are valid.
+        frozen_guide: Evaluate log q with the guide's parameters detached.
+        through: What the guide's draws pass through before model and log q see them.
+
+    Raises:
+        ValueError: If the guide's sites are not the model's latent ones, or one has no reparameterised sample.
+    """
+    rows = repeat(batch, particles)
+    with Copies(particles):
+        guide_trace = poutine.trace(guide).get_trace(*rows)
+        if frozen_guide:
+            guide_trace = _frozen_replay(guide, guide_trace, rows, through)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*rows)
+    drawn, modelled = sample_sites(guide_trace), sample_sites(model_trace)
+    latents = [name for name, node in modelled.items() if not node["is_observed"]]
+    _check_latents(drawn, latents)
+    same_order = closed_form and [name for name in drawn if name in modelled] == latents
+    ratios, global_ratios = {}, {}
+    for name, q in drawn.items():
+        if q["is_observed"]:
+            continue
+        ratio = _ratio(q, modelled.get(name), same_order)
+        if data_frame(modelled.get(name, q)) is None:
+            global_ratios[name] = ratio
+        else:
+            ratios[name] = ratio.view(particles, -1)
+    log_likelihoods = {
+        name: per_row(node, node["fn"].log_prob(node["value"])).view(particles, -1)
+        for name, node in observed_sites(model_trace).items()
+    }
+    total = observations or _observations(modelled, len(batch[0]))
+    return Terms(log_likelihoods, ratios, global_ratios, total, guide_trace, model_trace)
+
+
+def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Tensor:
+    """log q − log p at one site, per row; its expectation where the closed form may be used."""
+    if p is None:  # a helper site of the guide
+        return per_row(q, q["fn"].log_prob(q["value"]))
+    kl = closed_form_kl(q["fn"], p["fn"]) if closed_form else None
+    if kl is None:
+        kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
+    return per_row(p, kl)
+
+
+def _observations(sites: dict[str, dict[str, Any]], rows: int) -> int:
+    frame = next((frame for frame in map(data_frame, sites.values()) if frame is not None), None)
+    if frame is None:
+        raise ValueError('no site stands in the plate "data"; write `with pyro.plate("data", len(x)):`')
+    return rows if frame.full_size in (None, frame.size) else frame.full_size
+
+
+def _check_latents(drawn: dict[str, dict[str, Any]], latents: list[str]) -> None:
+    needed = {name for name, node in drawn.items() if not node["infer"].get("is_auxiliary")}
+    if needed != set(latents):
+        raise ValueError(
+            f"the guide must draw exactly the model's latent sites {latents}; missing: "
+            f"{sorted(set(latents) - needed) or 'none'}, extra: {sorted(needed - set(latents)) or 'none'}"
+        )
+    if torch.is_grad_enabled():
+        for name, node in drawn.items():
+            if not node["fn"].has_rsample:
+                raise ValueError(
+                    f"the guide's distribution at site '{name}' ({node['fn']}) has no reparameterised sample, so it "
+                    "gets no gradient; use a continuous family with rsample"
+                )
+
+
+def _frozen_replay(
+    guide: Callable,
+    trace: poutine.Trace,
+    rows: tuple[Tensor, ...],
+    through: Callable[[dict[str, Any]], Tensor] | None,
+) -> poutine.Trace:
+    """The guide run again on its own draws, its parameters taken as constants."""
+    parameters = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
+    parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
+    if isinstance(guide, nn.Module):
+        parameters += guide.parameters()
+    if through is not None:
+        for node in sample_sites(trace).values():
+            node["value"] = through(node)
+    with _frozen(parameters):
+        return poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*rows)
+
+
+@contextmanager
+def _frozen(parameters: list[Tensor]) -> Iterator[None]:
+    """Leaves that are constants in whatever graph is built meanwhile; graphs already built keep their gradients."""
+    trained = [p for p in {id(p): p for p in parameters}.values() if p.is_leaf and p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _total(values: dict[str, Tensor]) -> Tensor:
+    total, *others = values.values()
+    for value in others:
+        total = total + value
+    return total

@@ -1,0 +1,273 @@
+"""Programs: what a Pyro callable says about its sites, and how one is run on several copies of a batch.
+
+A *program* is any Pyro callable. Its per-observation sites stand in the plate named ``"data"``; sites outside it are
+global.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+__all__ = [
+    "Copies",
+    "Program",
+    "Site",
+    "as_module",
+    "bare",
+    "data_frame",
+    "describe_example",
+    "encode",
+    "is_real",
+    "latent_sites",
+    "make_example",
+    "observed_sites",
+    "per_row",
+    "prototype",
+    "repeat",
+    "sample_sites",
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a trace of a program says about one latent site.
+
+    Attributes:
+        name: The name of the ``pyro.sample`` statement.
+        shape: Event shape.
+        support: Support of its distribution.
+        plates: The vectorised plates around it, from the rightmost dimension to the left.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    support: constraints.Constraint
+    plates: tuple[CondIndepStackFrame, ...]
+
+    @property
+    def is_global(self) -> bool:
+        """Whether it stands outside the plate ``"data"``."""
+        return all(plate.name != "data" for plate in self.plates)
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """The sample statements of a trace, in order, without the plates' own."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
+
+
+def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """The latent sites of a model's trace, in order.
+
+    Raises:
+        ValueError: At a discrete latent site, which no reparameterised guide can serve.
+    """
+    sites = {}
+    for name, node in sample_sites(trace).items():
+        if _is_observed(node):
+            continue
+        support = node["fn"].support
+        if support.is_discrete:
+            raise ValueError(
+                f"latent site '{name}' is discrete (support {support}); expected continuous latent sites, whose "
+                "samples have gradients. Sum the site out of the model, or relax it, e.g. with "
+                "pyro.distributions.RelaxedOneHotCategorical"
+            )
+        frames = (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+        plates = tuple(sorted(frames, key=lambda frame: -frame.dim))
+        sites[name] = Site(name, tuple(node["fn"].event_shape), support, plates)
+    return sites
+
+
+def observed_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """The observed sites of a model's trace, in order; with nothing observed, those that were."""
+    return {name: node for name, node in sample_sites(trace).items() if _is_observed(node)}
+
+
+def _is_observed(node: dict[str, Any]) -> bool:
+    return node["is_observed"] or bool(node["infer"].get("was_observed"))
+
+
+def data_frame(node: dict[str, Any]) -> CondIndepStackFrame | None:
+    """The plate ``"data"`` around a site, or None at a global site."""
+    return next((frame for frame in node["cond_indep_stack"] if frame.name == "data"), None)
+
+
+def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:
+    """Sum a log-density over every plate of its site except ``"data"``, with the site's scale and mask.
+
+    The scale by which a subsampling ``"data"`` plate stands for the whole data set is left out: what comes is per
+    observation.
+
+    Shapes:
+        The batch shape of the site gives ``(B,)``, or ``()`` at a global site.
+    """
+    data = data_frame(node)
+    scale = node["scale"]
+    if data is not None and data.full_size not in (None, data.size):
+        scale = scale * data.size / data.full_size
+    if node["mask"] is not None or not isinstance(scale, (int, float)) or scale != 1.0:
+        log_prob = pyro.distributions.util.scale_and_mask(log_prob, scale, node["mask"])
+    if data is None:
+        return log_prob.sum()
+    if data.dim == -1 and log_prob.shape == (data.size,):
+        return log_prob
+    shape = (1,) * (-data.dim - log_prob.dim()) + tuple(log_prob.shape)
+    log_prob = log_prob.reshape(shape)
+    others = [dim for dim in range(-log_prob.dim(), 0) if dim != data.dim]
+    return (log_prob.sum(others) if others else log_prob).expand(data.size)
+
+
+@contextmanager
+def _evaluation_mode(program: Callable) -> Iterator[None]:
+    modules = list(program.modules()) if isinstance(program, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> poutine.Trace:
+    """Trace a program once and leave no mark: no gradient, no parameter stored, no random number used up.
+
+    Args:
+        program: A Pyro callable.
+        batch: The tensors it is called with.
+        observed: Whether its observations hold; else they are sampled.
+    """
+    devices = {tensor.device for tensor in batch if tensor.is_cuda}
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        poutine.block(),
+        pyro.get_param_store().scope(),
+        _evaluation_mode(program),
+    ):
+        return poutine.trace(program if observed else poutine.uncondition(program)).get_trace(*batch)
+
+
+class Program(nn.Module):
+    """A Pyro callable that keeps its parameters outside any module, made into a module that owns them.
+
+    Parameters registered by ``pyro.param`` and ``pyro.module`` become the module's own, and live in a parameter store
+    of its own, so that two programs never share one by name. Modules to which the function refers come along with
+    their buffers.
+
+    Args:
+        function: The callable.
+        batch: A batch on which it can run once, to see its parameters.
+    """
+
+    def __init__(self, function: Callable, *batch: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.modules_of = nn.ModuleDict(_modules_referred_to(function))
+        self._store: dict[str, dict] = {"params": {}, "constraints": {}}
+        with pyro.get_param_store().scope(self._store), torch.random.fork_rng(), poutine.block():
+            poutine.trace(function).get_trace(*batch)
+        known = {id(parameter) for parameter in self.parameters()}
+        for name, value in self._store["params"].items():
+            if id(value) not in known:
+                parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+                self._store["params"][name] = parameter
+                self.register_parameter(name.replace(".", "-"), parameter)
+
+    def forward(self, *batch: Tensor) -> Any:
+        with pyro.get_param_store().scope(self._store):
+            return self.function(*batch)
+
+
+def _modules_referred_to(function: Callable) -> dict[str, nn.Module]:
+    if isinstance(function, nn.Module):
+        return {}
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return {"self": owner}
+    if not inspect.isfunction(function):
+        return {}
+    seen = inspect.getclosurevars(function)
+    variables = {**seen.globals, **seen.nonlocals}
+    return {name: value for name, value in variables.items() if isinstance(value, nn.Module)}
+
+
+def as_module(program: Callable, *batch: Tensor) -> nn.Module:
+    """The program as a module that owns all its parameters: itself where it does already, else a :class:`Program`."""
+    if isinstance(program, nn.Module):
+        known = {id(parameter) for parameter in program.parameters()}
+        nodes = prototype(program, *batch).nodes.values()
+        seen = (node["value"] for node in nodes if node["type"] == "param")
+        if all(id(value.unconstrained() if hasattr(value, "unconstrained") else value) in known for value in seen):
+            return program
+    return Program(program, *batch)
+
+
+def repeat(batch: Sequence[Tensor], copies: int) -> tuple[Tensor, ...]:
+    """``copies`` copies of each row, copy by copy: ``(B, ...)`` gives ``(copies * B, ...)``."""
+    if copies == 1:
+        return tuple(batch)
+    return tuple(x.unsqueeze(0).expand(copies, *x.shape).reshape(-1, *x.shape[1:]) for x in batch)
+
+
+class Copies(Messenger):
+    """Run programs on ``copies`` copies of a batch, with the encoder's work done once for each row.
+
+    Particles are copies of the rows, so whatever handles a batch handles particles, and global sites are drawn once.
+    Inside this handler a guide's :func:`encode` sees the first copy only and its result is repeated.
+    """
+
+    def __init__(self, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def _pyro_encode(self, msg: dict[str, Any]) -> None:
+        if self.copies > 1:
+            rows = len(msg["args"][0]) // self.copies
+            features = msg["fn"](*(x[:rows] for x in msg["args"]))
+            msg["value"] = repeat((features,), self.copies)[0]
+            msg["done"] = True
+
+
+def encode(encoder: Callable, *batch: Tensor) -> Tensor:
+    """Call an encoder as a Pyro effect, so that :class:`Copies` can spare repeated work."""
+    return effectful(encoder, type="encode")(*batch, name="encode")
+
+
+def bare(constraint: Any) -> Any:
+    """A constraint without the event dimensions declared around it."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def is_real(support: constraints.Constraint) -> bool:
+    """Whether a support is the whole space, so that no map is needed."""
+    return bare(support) is constraints.real
+
+
+def describe_example(batch: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Shape and type of each tensor of a batch, as plain values."""
+    return [{"shape": [*x.shape], "dtype": str(x.dtype).removeprefix("torch.")} for x in batch]
+
+
+def make_example(example: Sequence[Any]) -> tuple[Tensor, ...]:
+    """A batch of zeros from what :func:`describe_example` returned."""
+    return tuple(torch.zeros(tuple(x["shape"]), dtype=getattr(torch, x["dtype"])) for x in example)

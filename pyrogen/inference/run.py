@@ -1,0 +1,280 @@
+"""A run: what a fit leaves behind, on disk as safetensors and YAML."""
+
+import dataclasses
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from torch import nn
+
+from pyrogen.configuration import build, describe
+from pyrogen.data import Data
+from pyrogen.inference.checkpoints import atomically, load_weights, read_tensors, unique_tensors, write_tensors
+from pyrogen.inference.objectives import Objective
+from pyrogen.inference.programs import Program, as_module, make_example
+
+__all__ = ["FitOptions", "OutputExistsError", "Run", "load", "prepare_folder", "save", "write_yaml"]
+
+FORMAT = 1
+WEIGHTS, SETTINGS, HISTORY = "weights.safetensors", "run.yaml", "history.csv"
+
+
+class OutputExistsError(FileExistsError, ValueError):
+    """An output folder that holds something and was not to be overwritten."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a fit was made; see :func:`pyrogen.fit` for each."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+    schedule: str | Callable[[float], float] = "constant"
+    gradient_clip: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "32-true"
+    validate_every: int = 1
+    patience: int | None = None
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give either epochs or steps, got epochs={self.epochs}, steps={self.steps}")
+        for name in ("epochs", "steps", "batch_size", "validate_every", "patience", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("learning_rate", "gradient_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(
+                f"schedule is 'constant', 'linear', 'cosine' or a callable from the share of training done to a "
+                f"factor, got {self.schedule!r}"
+            )
+
+
+@dataclass
+class Run:
+    """A fitted model with its guide: what ``evaluate``, ``sample``, ``to_arviz`` and ``save`` take.
+
+    Attributes:
+        model: The model's program, a module.
+        guide: The guide's program, a module, or None.
+        objective: What was minimised.
+        history: One row for each epoch: ``epoch, step, loss, distortion, rate, validation, learning_rate, seconds,
+            rows_per_second``; loss, distortion and rate are the epoch's means and ``validation`` the bound on the
+            validation data, in nats per observation.
+        options: How it was fitted.
+        data: What :func:`pyrogen.data.load` can load again, or None for data of the user's own.
+        example: Shape and type of each tensor of a batch of two rows.
+        seconds: Time spent in training.
+    """
+
+    model: nn.Module
+    guide: nn.Module | None
+    objective: Objective
+    history: pd.DataFrame
+    options: FitOptions
+    data: dict[str, Any] | None = None
+    example: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.programs.parameters()), torch.device("cpu"))
+
+    @property
+    def programs(self) -> nn.ModuleDict:
+        """Model and guide in one module, under the names ``model`` and ``guide``."""
+        return nn.ModuleDict({"model": self.model} | ({"guide": self.guide} if self.guide is not None else {}))
+
+    def __repr__(self) -> str:
+        rows = "" if self.history.empty else f", loss={self.history['loss'].iloc[-1]:.3f}"
+        return (
+            f"Run(model={type(self.model).__name__}, guide={type(self.guide).__name__}, "
+            f"objective={self.objective!r}, epochs={len(self.history)}{rows})"
+        )
+
+
+def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) -> Path:
+    """See that an output folder may be written; nothing in it changes unless ``overwrite`` clears an earlier run.
+
+    Raises:
+        OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, or if
+            ``overwrite`` would delete something that no run left there.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file; give the path of a folder")
+    if resume or not folder.exists() or not any(folder.iterdir()):
+        return folder
+    if not overwrite:
+        raise OutputExistsError(
+            f"the folder {folder} exists and is not empty; give another, resume the run in it (resume=True, "
+            "--resume), or replace it (overwrite=True, --overwrite)"
+        )
+    if not any((folder / name).exists() for name in (SETTINGS, "compare.yaml")):
+        raise OutputExistsError(f"{folder} holds no run of pyrogen's, so it is not overwritten; empty it yourself")
+    return folder
+
+
+def clear_folder(folder: Path) -> None:
+    """Delete an earlier run, once :func:`prepare_folder` has allowed it and all else was checked."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Everything needed to build the run's objects again, as plain values."""
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("pyrogen", "pyro-ppl", "torch")}
+        | {"python": platform.python_version()},
+        "data": run.data,
+        "example": run.example,
+        "seconds": run.seconds,
+    }
+    seen: dict[int, tuple[Any, Any]] = {}
+    for name in ("model", "guide", "objective"):
+        program = getattr(run, name)
+        try:
+            settings[name] = describe(program.function if isinstance(program, Program) else program, seen)
+        except ValueError as error:
+            settings[name] = {"not_described": str(error)}
+    settings["options"] = {
+        f.name: _plain(getattr(run.options, f.name)) for f in dataclasses.fields(run.options)
+    }
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return describe(value)
+    except ValueError:
+        return repr(value)
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as YAML, atomically."""
+    with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
+
+
+def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a run: ``weights.safetensors``, ``run.yaml`` and ``history.csv``.
+
+    Nothing is pickled. Objects whose constructor's arguments can't be read back from their attributes are noted in
+    ``run.yaml``; :func:`load` then asks for them.
+
+    Args:
+        run: The run.
+        folder: Where to; it may be moved afterwards.
+        overwrite: Whether a run already there is replaced.
+
+    Raises:
+        OutputExistsError: If the folder holds something and ``overwrite`` is not set.
+    """
+    folder = prepare_folder(folder, overwrite=overwrite)
+    if overwrite:
+        clear_folder(folder)
+    write_run(run, folder)
+    return folder
+
+
+def write_run(run: Run, folder: Path) -> None:
+    """Write a run's files into a folder, each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, unique_tensors(run.programs), {"format": FORMAT})
+    with atomically(folder / HISTORY) as temporary:
+        run.history.to_csv(temporary, index=False)
+    write_yaml(folder / SETTINGS, settings_of(run))
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: Callable | None = None,
+    guide: Callable | None = None,
+    objective: Objective | None = None,
+    trust: bool = False,
+) -> Run:
+    """Read a run that :func:`save`, ``fit(out=...)`` or the command wrote.
+
+    Args:
+        folder: Where it is.
+        model, guide, objective: Take these, built as they were, instead of building what ``run.yaml`` names.
+        trust: Whether code outside pyrogen, Pyro and torch that ``run.yaml`` names may be imported and run.
+
+    Returns:
+        The run, on the CPU.
+
+    Raises:
+        ValueError: If a file is missing or damaged, a part can't be built, or the weights are another model's.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    given = {"model": model, "guide": guide, "objective": objective}
+    parts = {
+        name: settings.get(name) if program is None else None for name, program in given.items()
+    }
+    for name, part in parts.items():
+        if isinstance(part, dict) and "not_described" in part:
+            raise ValueError(
+                f"the {name} of {folder} could not be written as YAML ({part['not_described']}); build it as it was "
+                f"and pass {name}= to load"
+            )
+    built = build(parts, trust=trust)
+    example = make_example(settings["example"])
+    made = {name: built[name] if program is None else program for name, program in given.items()}
+    run = Run(
+        model=as_module(made["model"], *example),
+        guide=None if made["guide"] is None else as_module(made["guide"], *example),
+        objective=made["objective"],
+        history=_read_history(folder),
+        options=FitOptions(**build(settings["options"], trust=trust)),
+        data=settings["data"],
+        example=settings["example"],
+        seconds=settings["seconds"],
+    )
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    load_weights(run.programs, tensors, str(folder / WEIGHTS))
+    run.programs.eval()
+    return run
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The contents of a run's ``run.yaml``."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: there is no {SETTINGS}; give the folder that a fit wrote")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        complete = settings["format"] == FORMAT and {"model", "options", "example"} <= settings.keys()
+    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+    if not complete:
+        raise ValueError(f"{path} has another format than this version of pyrogen reads (format {FORMAT})")
+    return settings
+
+
+def _read_history(folder: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(folder / HISTORY)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no {HISTORY}; the run is not whole") from error
