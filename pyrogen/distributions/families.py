@@ -13,17 +13,11 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 
-__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "as_shape", "bounded_exp"]
+from pyrogen.networks.mlp import as_shape
+
+__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "bounded_exp"]
 
 LOG_SCALE_BOUND = 12.0
-
-
-def as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
-    """An event shape from an integer or a shape: ``8`` means ``(8,)``."""
-    shape = (size,) if isinstance(size, int) else tuple(int(n) for n in size)
-    if any(n < 1 for n in shape):
-        raise ValueError(f"a size must be positive, got {size}; pass an integer or an event shape such as (1, 28, 28)")
-    return shape
 
 
 def bounded_exp(raw: Tensor) -> Tensor:

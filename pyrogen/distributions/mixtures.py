@@ -8,7 +8,8 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 
-from pyrogen.distributions.families import Parameters, as_shape, bounded_exp
+from pyrogen.distributions.families import Parameters, bounded_exp
+from pyrogen.networks.mlp import as_shape
 
 __all__ = ["EqualMixture", "Mixture", "Vamp"]
 
@@ -55,9 +56,7 @@ class Mixture(nn.Module):
         if d > 1:
             mixture: dist.Distribution = dist.MixtureOfDiagNormals(loc, scale, logits)
         else:
-            mixture = dist.MixtureSameFamily(
-                dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1)
-            )
+            mixture = dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
         if len(self.shape) == 1:
             return mixture
         return dist.TransformedDistribution(mixture, [ReshapeTransform((d,), self.shape)])
@@ -99,9 +98,7 @@ class Vamp(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(
-        self, features: int | Sequence[int], inputs: Sequence[int] | Tensor, *, components: int = 500
-    ) -> None:
+    def __init__(self, features: int | Sequence[int], inputs: Sequence[int] | Tensor, *, components: int = 500) -> None:
         super().__init__()
         if components < 1:
             raise ValueError(f"components must be at least 1, got {components}")

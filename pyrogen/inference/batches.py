@@ -86,9 +86,7 @@ def as_batch(data: Tensor | Sequence[Tensor], device: torch.device | None = None
     return tuple(x.to(device) for x in (as_float(first), *others))
 
 
-def training_and_validation(
-    data: Any, batch_size: int, seed: int
-) -> tuple[Batches, tuple[Tensor, ...] | None]:
+def training_and_validation(data: Any, batch_size: int, seed: int) -> tuple[Batches, tuple[Tensor, ...] | None]:
     """Minibatches for training, and a batch for validation where the data have one.
 
     Raises:

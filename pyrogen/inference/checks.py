@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrogen.inference.batches import Batches
-from pyrogen.inference.programs import Site, bare, data_frame, latent_sites, observed_sites, prototype, sample_sites
+from pyrogen.inference.programs import (
+    Site,
+    bare,
+    data_frame,
+    latent_sites,
+    observed_sites,
+    prototype,
+    sample_sites,
+)
 
 __all__ = ["check_programs", "check_values"]
 
@@ -60,8 +68,7 @@ def _check_data_plate(trace: poutine.Trace, rows: int) -> None:
             )
     if not observed_sites(trace):
         raise ValueError(
-            "the model observes nothing: at least one site needs obs=x, e.g. "
-            'pyro.sample("x", likelihood(z), obs=x)'
+            'the model observes nothing: at least one site needs obs=x, e.g. pyro.sample("x", likelihood(z), obs=x)'
         )
 
 

@@ -15,6 +15,7 @@ so that the expected loss of a minibatch is that of the whole data set.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,15 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogen.inference.divergences import closed_form_kl, kl_by_dimension
-from pyrogen.inference.programs import Copies, data_frame, observed_sites, per_row, repeat, sample_sites
+from pyrogen.inference.programs import (
+    Copies,
+    data_frame,
+    observed_sites,
+    per_row,
+    repeat,
+    sample_sites,
+    unregistered,
+)
 
 __all__ = ["ELBO", "IWAE", "Estimate", "Objective", "Renyi", "Terms", "run_programs"]
 
@@ -105,19 +114,20 @@ class ObjectiveModule(nn.Module):
         self.model = model
         self.guide = guide
         self.elbo = objective
+        self._programs = unregistered(model), unregistered(guide)
         self._store: dict[str, dict] = {"params": {}, "constraints": {}}
         self.latest: Estimate | None = None
 
     def forward(self, *batch: Tensor) -> Tensor:
         """The loss of a batch; ``latest`` then holds the whole :class:`Estimate`."""
         with pyro.get_param_store().scope(self._store):
-            self.latest = self.elbo.estimate(self.model, self.guide, *batch)
+            self.latest = self.elbo.estimate(*self._programs, *batch)
         return self.latest.loss
 
     def bound(self, *batch: Tensor) -> Tensor:
         """The bound of each observation, see :meth:`Objective.bound`."""
         with pyro.get_param_store().scope(self._store):
-            return self.elbo.bound(self.model, self.guide, *batch)
+            return self.elbo.bound(*self._programs, *batch)
 
 
 class Objective(pyro.infer.ELBO):
@@ -448,8 +458,8 @@ def _check_latents(drawn: dict[str, dict[str, Any]], latents: list[str]) -> None
         for name, node in drawn.items():
             if not node["fn"].has_rsample:
                 raise ValueError(
-                    f"the guide's distribution at site '{name}' ({node['fn']}) has no reparameterised sample, so it "
-                    "gets no gradient; use a continuous family with rsample"
+                    f"the guide's distribution at site '{name}', a {type(node['fn']).__name__}, has no reparameterised "
+                    "sample, so it gets no gradient; use a continuous family with rsample"
                 )
 
 
@@ -462,13 +472,13 @@ def _frozen_replay(
     """The guide run again on its own draws, its parameters taken as constants."""
     parameters = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
     parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
-    if isinstance(guide, nn.Module):
+    if hasattr(guide, "parameters"):
         parameters += guide.parameters()
     if through is not None:
         for node in sample_sites(trace).values():
             node["value"] = through(node)
     with _frozen(parameters):
-        return poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*rows)
+        return poutine.trace(poutine.replay(unregistered(guide), trace=trace)).get_trace(*rows)
 
 
 @contextmanager
@@ -478,7 +488,10 @@ def _frozen(parameters: list[Tensor]) -> Iterator[None]:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            # pyro.module warns of every parameter that needs no gradient.
+            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -8,11 +8,13 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
@@ -37,6 +39,7 @@ __all__ = [
     "prototype",
     "repeat",
     "sample_sites",
+    "unregistered",
 ]
 
 
@@ -65,9 +68,7 @@ class Site:
 def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
     """The sample statements of a trace, in order, without the plates' own."""
     return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
+        name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)
     }
 
 
@@ -207,6 +208,28 @@ def _modules_referred_to(function: Callable) -> dict[str, nn.Module]:
     seen = inspect.getclosurevars(function)
     variables = {**seen.globals, **seen.nonlocals}
     return {name: value for name, value in variables.items() if isinstance(value, nn.Module)}
+
+
+class Unregistered:
+    """A module called without Pyro's bookkeeping of its parameters, for those who take them from the module itself.
+
+    A ``PyroModule`` announces each parameter at each call; where an optimizer holds the parameters already that is
+    work for nothing. Modules with random attributes (``PyroSample``) need it, and get it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        parts = [part for part in module.modules() if isinstance(part, PyroModule)]
+        self.call = module if any(part._pyro_samples for part in parts) else partial(nn.Module.__call__, module)
+        self.parameters = module.parameters
+
+    def __call__(self, *batch: Tensor) -> Any:
+        return self.call(*batch)
+
+
+def unregistered(program: Callable | None) -> Any:
+    """The program as :class:`Unregistered` where it is a module, else itself."""
+    return Unregistered(program) if isinstance(program, nn.Module) else program
 
 
 def as_module(program: Callable, *batch: Tensor) -> nn.Module:

@@ -15,8 +15,13 @@ import yaml
 from torch import nn
 
 from pyrogen.configuration import build, describe
-from pyrogen.data import Data
-from pyrogen.inference.checkpoints import atomically, load_weights, read_tensors, unique_tensors, write_tensors
+from pyrogen.inference.checkpoints import (
+    atomically,
+    load_weights,
+    read_tensors,
+    unique_tensors,
+    write_tensors,
+)
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.programs import Program, as_module, make_example
 
@@ -155,9 +160,7 @@ def settings_of(run: Run) -> dict[str, Any]:
             settings[name] = describe(program.function if isinstance(program, Program) else program, seen)
         except ValueError as error:
             settings[name] = {"not_described": str(error)}
-    settings["options"] = {
-        f.name: _plain(getattr(run.options, f.name)) for f in dataclasses.fields(run.options)
-    }
+    settings["options"] = {f.name: _plain(getattr(run.options, f.name)) for f in dataclasses.fields(run.options)}
     return settings
 
 
@@ -228,9 +231,7 @@ def load(
     folder = Path(folder)
     settings = read_settings(folder)
     given = {"model": model, "guide": guide, "objective": objective}
-    parts = {
-        name: settings.get(name) if program is None else None for name, program in given.items()
-    }
+    parts = {name: settings.get(name) if program is None else None for name, program in given.items()}
     for name, part in parts.items():
         if isinstance(part, dict) and "not_described" in part:
             raise ValueError(

@@ -13,7 +13,14 @@ import pyro
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import TensorBoardLogger
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,7 +28,7 @@ from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import load_weights, read_tensors, unique_tensors, write_tensors
 from pyrogen.inference.checks import check_programs, check_values
-from pyrogen.inference.objectives import Objective, ObjectiveModule
+from pyrogen.inference.objectives import Objective
 from pyrogen.inference.programs import as_module, describe_example
 from pyrogen.inference.run import FitOptions, Run, clear_folder, prepare_folder, write_run
 

@@ -9,7 +9,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrogen.distributions.families import as_shape
+from pyrogen.networks.mlp import as_shape
 
 __all__ = ["ProbabilisticPCA"]
 
