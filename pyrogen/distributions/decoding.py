@@ -135,9 +135,7 @@ class LocationScale(nn.Module):
         if scale == "shared":
             self.raw_scale = nn.Parameter(torch.zeros(()))
         elif not isinstance(scale, str) and not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(
-                f"a fixed scale must be positive and finite, got {scale}; or learn it: scale='shared'"
-            )
+            raise ValueError(f"a fixed scale must be positive and finite, got {scale}; or learn it: scale='shared'")
         elif isinstance(scale, str) and scale not in self.scales():
             names = ", ".join(map(repr, self.scales()))
             raise ValueError(f"scale must be a positive number or one of {names}, got {scale!r}")

@@ -12,22 +12,26 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from pyrogen.networks.mlp import as_shape
 
-__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "bounded_exp"]
+__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "positive_scale"]
 
-LOG_SCALE_BOUND = 12.0
+SMALLEST_SCALE = 1e-6
+UNIT_OFFSET = math.log(math.e - 1)
+"""What softplus takes to 1."""
 
 
-def bounded_exp(raw: Tensor) -> Tensor:
-    r"""A positive scale from an unconstrained value, bounded smoothly so that it can neither vanish nor overflow.
+def positive_scale(raw: Tensor) -> Tensor:
+    r"""A scale from an unconstrained value: 1 at zero, never below 1e-6.
 
-    .. math:: \exp(b \tanh(r / b)), \quad b = 12
+    .. math:: s = 10^{-6} + \log(1 + (e - 1) \exp(r))
 
-    Around zero it is :math:`\exp(r)`; its range is about ``(6e-6, 1.6e5)``.
+    It falls exponentially but grows linearly, so that a context far from those seen in training can neither make it
+    vanish nor explode.
     """
-    return (LOG_SCALE_BOUND * (raw / LOG_SCALE_BOUND).tanh()).exp()
+    return SMALLEST_SCALE + softplus(raw + UNIT_OFFSET)
 
 
 class Parameters(nn.Module):
@@ -65,8 +69,15 @@ class Parameters(nn.Module):
 
     @property
     def initial(self) -> Tensor:
-        """The parameters that hold the values reached at a context of zero; for initialisation."""
+        """The parameters that hold the values taken at a context of zero; for initialisation."""
         return self.linear.bias if self.context else self.free
+
+    def start_at(self, values: Tensor, first: int) -> None:
+        """Let the parameters from number ``first`` on start at ``values``, whatever the context."""
+        with torch.no_grad():
+            self.initial[first : first + len(values)] = values
+            if self.context:
+                self.linear.weight[first : first + len(values)] = 0.0
 
 
 class StandardNormal(nn.Module):
@@ -105,11 +116,12 @@ class Normal(nn.Module):
 
     .. math:: q(z \mid c) = \prod_j \mathcal{N}(z_j; \mu_j(c), \sigma_j(c)^2)
 
-    The log-scale is bounded smoothly to about ±12. Kingma & Welling 2014, *Auto-encoding variational Bayes*, 1312.6114.
+    Kingma & Welling 2014, *Auto-encoding variational Bayes*, 1312.6114.
 
     Args:
         features: Event shape, or its length ``D``.
-        context: Width ``C`` of the context; 0 makes location and scale free parameters, started at N(0, I).
+        context: Width ``C`` of the context; 0 makes location and scale free parameters, started at N(0, I). The scale
+            starts at 1 whatever the context.
 
     Shapes:
         context ``(..., C)`` gives batch shape ``(...)`` and event shape ``(D,)``.
@@ -124,14 +136,16 @@ class Normal(nn.Module):
         self.features = features
         self.context = context
         self.shape = as_shape(features)
-        self.parameters_of = Parameters(2 * math.prod(self.shape), context)
+        size = math.prod(self.shape)
+        self.parameters_of = Parameters(2 * size, context)
+        self.parameters_of.start_at(torch.zeros(size), size)
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         loc, raw = self.parameters_of(context).chunk(2, -1)
         if len(self.shape) != 1:
             shape = loc.shape[:-1] + self.shape
             loc, raw = loc.reshape(shape), raw.reshape(shape)
-        return dist.Normal(loc, bounded_exp(raw)).to_event(len(self.shape))
+        return dist.Normal(loc, positive_scale(raw)).to_event(len(self.shape))
 
 
 class MultivariateNormal(nn.Module):
@@ -160,18 +174,19 @@ class MultivariateNormal(nn.Module):
         self.shape = as_shape(features)
         d = math.prod(self.shape)
         self.parameters_of = Parameters(2 * d + d * (d - 1) // 2, context)
+        self.parameters_of.start_at(torch.zeros(d + d * (d - 1) // 2), d)
         self.register_buffer("lower", torch.tril_indices(d, d, -1), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         d = math.prod(self.shape)
         parameters = self.parameters_of(context)
         loc, raw, below = parameters.split([d, d, self.lower.shape[1]], -1)
-        tril = torch.diag_embed(bounded_exp(raw))
+        tril = torch.diag_embed(positive_scale(raw))
         tril[..., self.lower[0], self.lower[1]] = below
         normal = dist.MultivariateNormal(loc, scale_tril=tril)
         if len(self.shape) == 1:
             return normal
-        return dist.TransformedDistribution(normal, [ReshapeTransform((d,), self.shape)])
+        return dist.TransformedDistribution(normal, [ReshapeTransform(torch.Size((d,)), torch.Size(self.shape))])
 
 
 class Delta(nn.Module):

@@ -14,8 +14,9 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from pyrogen.distributions.families import Parameters, as_shape, bounded_exp
+from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.distributions.flow_transforms import BUILDERS, Builder, Layer, Name, element_wise_spline, shrink
+from pyrogen.networks.mlp import as_shape
 
 __all__ = ["Flow"]
 
@@ -129,7 +130,7 @@ class Flow(nn.Module):
             steps = [steps[0], *chain.from_iterable(zip(shuffles, steps[1:], strict=True))]
         if self.fast == "density":
             steps = [step.inv for step in reversed(steps)]
-        steps.append(T.AffineTransform(loc, bounded_exp(raw_scale), event_dim=1, cache_size=1))
+        steps.append(T.AffineTransform(loc, positive_scale(raw_scale), event_dim=1, cache_size=1))
         if len(self.shape) != 1:
             steps.append(T.ReshapeTransform(loc.shape[-1:], Size(self.shape), cache_size=1))
         zero = self.zero.expand(loc.shape)
@@ -148,9 +149,7 @@ class FlowDistribution(dist.TransformedDistribution):
     for any other tensor that is scored again after its content or its graph has changed.
     """
 
-    def __init__(
-        self, base: dist.Distribution, transforms: list[Transform], name: str, direction: Direction
-    ) -> None:
+    def __init__(self, base: dist.Distribution, transforms: list[Transform], name: str, direction: Direction) -> None:
         super().__init__(base, transforms)
         self.name = name
         self.direction = direction
@@ -186,9 +185,7 @@ class FlowDistribution(dist.TransformedDistribution):
         try:
             return super().log_prob(value)
         except (KeyError, NotImplementedError) as error:
-            mend = (
-                "Score what its own rsample() returned (or its sample(), with gradients disabled), build it"
-            )
+            mend = "Score what its own rsample() returned (or its sample(), with gradients disabled), build it"
             raise self.no_inverse("score this value", mend + ' with direction="density"') from error
 
     def no_inverse(self, act: str, mend: str) -> NotImplementedError:
@@ -230,8 +227,7 @@ def permutations(features: int, layers: int) -> Tensor:
     so that two layers move every feature. A shuffle after even ones changes which features go together.
     """
     orders = [
-        torch.randperm(features) if layer % 2 == 0 else torch.arange(features).flip(0)
-        for layer in range(1, layers)
+        torch.randperm(features) if layer % 2 == 0 else torch.arange(features).flip(0) for layer in range(1, layers)
     ]
     return torch.stack(orders) if orders else torch.empty(0, features, dtype=torch.long)
 

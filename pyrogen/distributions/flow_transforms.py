@@ -42,9 +42,7 @@ SPLINE_OFFSETS = (0.0, 0.0, IDENTITY_SLOPE, 0.0)
 BOUND = 2.0
 INITIAL_WEIGHT_SCALE = 0.01
 
-Name = Literal[
-    "affine_autoregressive", "affine_coupling", "spline_autoregressive", "spline_coupling", "planar"
-]
+Name = Literal["affine_autoregressive", "affine_coupling", "spline_autoregressive", "spline_coupling", "planar"]
 Widths = tuple[int, ...]
 Layer = ConditionalTransformModule | TransformModule
 Builder = Callable[[int, int, Widths], Layer]
@@ -102,9 +100,7 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
-def autoregressive(
-    features: int, context: int, hidden: Widths, sizes: list[int]
-) -> ConditionalAutoRegressiveNN:
+def autoregressive(features: int, context: int, hidden: Widths, sizes: list[int]) -> ConditionalAutoRegressiveNN:
     """A network with ``sizes`` outputs for each feature, from the earlier features and the context."""
     if min(hidden) < features:
         raise ValueError(f"hidden widths must be {features} or more, the number of features, got {hidden}")
@@ -153,7 +149,7 @@ class Bounded(nn.Module):
         return self.permutation
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        # Pyro starts to invert an autoregression from zeros of the default dtype, whatever the value's.
+        # Pyro inverts an autoregression from zeros of the default dtype, whatever that of the network.
         outputs = self.network(x) if context is None else self.network(x.to(context.dtype), context)
         return tuple(
             raw if offset is None else offset + BOUND * torch.tanh(raw / BOUND)

@@ -122,9 +122,7 @@ class DiscretizedLogisticMixture(nn.Module):
         self.levels = check_levels(levels)
 
     @staticmethod
-    def decoder_shape(
-        event_shape: int | Sequence[int], components: int = 5, levels: int = 256
-    ) -> tuple[int, ...]:
+    def decoder_shape(event_shape: int | Sequence[int], components: int = 5, levels: int = 256) -> tuple[int, ...]:
         """The shape of the decoder's output: (10 K, H, W) for RGB, else (3 K C, ...) for events (C, ...)."""
         check_levels(levels)
         shape = parameter_shape(event_shape, 1)
@@ -144,9 +142,7 @@ class DiscretizedLogisticMixture(nn.Module):
         logits, rest = raw.tensor_split([self.components], -event_dim - 1)
         if not rgb:
             loc, scale = rest.chunk(2, -event_dim - 1)
-            return LogisticMixtureLevels(
-                logits, 0.5 + loc, positive(scale), event_dim=event_dim, levels=self.levels
-            )
+            return LogisticMixtureLevels(logits, 0.5 + loc, positive(scale), event_dim=event_dim, levels=self.levels)
         # (..., 9 K, 1, H, W) -> three of (..., K, 3, H, W)
         loc, scale, coefficients = rest.squeeze(-3).unflatten(-3, (3, self.components, 3)).unbind(-5)
         return LogisticMixtureLevels(

@@ -58,9 +58,7 @@ class Levels(constraints.Constraint):
 def check_levels(levels: int) -> int:
     """Return the number of levels; raise ValueError unless it is an integer of at least 2."""
     if not isinstance(levels, int) or isinstance(levels, bool) or levels < 2:
-        raise ValueError(
-            f"levels must be an integer of at least 2, got {levels!r}; 8-bit pixels have levels=256"
-        )
+        raise ValueError(f"levels must be an integer of at least 2, got {levels!r}; 8-bit pixels have levels=256")
     return levels
 
 
@@ -71,11 +69,7 @@ class _LevelsDistribution(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> constraints.Constraint:
-        return (
-            constraints.independent(Levels(self.levels), self.event_dim)
-            if self.event_dim
-            else Levels(self.levels)
-        )
+        return constraints.independent(Levels(self.levels), self.event_dim) if self.event_dim else Levels(self.levels)
 
     def _index(self, value: Tensor) -> Tensor:
         """The level's number k, still a floating-point tensor."""
@@ -116,9 +110,7 @@ class CategoricalLevels(_LevelsDistribution):
     @property
     def mean(self) -> Tensor:
         """The exact mean, shape (...)."""
-        grid = torch.arange(self.levels, dtype=self.logits.dtype, device=self.logits.device) / (
-            self.levels - 1
-        )
+        grid = torch.arange(self.levels, dtype=self.logits.dtype, device=self.logits.device) / (self.levels - 1)
         return self.logits.softmax(-1) @ grid
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -193,9 +185,7 @@ class NormalLevels(_LevelsDistribution):
     def __init__(
         self, loc: Tensor, scale: Tensor | float, levels: int = 256, validate_args: bool | None = None
     ) -> None:
-        self.loc, self.scale = torch.broadcast_tensors(
-            loc, torch.as_tensor(scale, dtype=loc.dtype, device=loc.device)
-        )
+        self.loc, self.scale = torch.broadcast_tensors(loc, torch.as_tensor(scale, dtype=loc.dtype, device=loc.device))
         self.levels = check_levels(levels)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
@@ -290,9 +280,7 @@ class LogisticMixtureLevels(_LevelsDistribution):
         self.levels = check_levels(levels)
         batch_shape, event_shape = loc.shape[: -event_dim - 1], loc.shape[-event_dim:]
         if coefficients is not None and (event_dim != 3 or event_shape[0] != 3):
-            raise ValueError(
-                f"coefficients need an event of shape (3, H, W), got {tuple(event_shape)}; leave them out"
-            )
+            raise ValueError(f"coefficients need an event of shape (3, H, W), got {tuple(event_shape)}; leave them out")
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance=None) -> "LogisticMixtureLevels":
@@ -302,12 +290,8 @@ class LogisticMixtureLevels(_LevelsDistribution):
         for name in ("logits", "loc", "scale", "coefficients"):
             parameter = getattr(self, name)
             unused = name == "coefficients" and not self.coupled
-            setattr(
-                new, name, parameter if unused else parameter.expand(*batch_shape, *parameter.shape[-kept:])
-            )
-        super(LogisticMixtureLevels, new).__init__(
-            torch.Size(batch_shape), self.event_shape, validate_args=False
-        )
+            setattr(new, name, parameter if unused else parameter.expand(*batch_shape, *parameter.shape[-kept:]))
+        super(LogisticMixtureLevels, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 

@@ -226,9 +226,7 @@ class NormalLikelihood(LocationScale):
     variance: Tensor
     batches: Tensor
 
-    def __init__(
-        self, decoder: nn.Module, scale: float | Literal["shared", "per pixel", "optimal"] = 1.0
-    ) -> None:
+    def __init__(self, decoder: nn.Module, scale: float | Literal["shared", "per pixel", "optimal"] = 1.0) -> None:
         super().__init__(decoder, scale)
         if scale == "optimal":
             self.register_buffer("variance", torch.ones(()))

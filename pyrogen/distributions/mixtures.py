@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 
-from pyrogen.distributions.families import Parameters, bounded_exp
+from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.networks.mlp import as_shape
 
 __all__ = ["EqualMixture", "Mixture", "Vamp"]
@@ -46,20 +46,21 @@ class Mixture(nn.Module):
         self.shape = as_shape(features)
         d = math.prod(self.shape)
         self.parameters_of = Parameters(components * (2 * d + 1), context)
-        with torch.no_grad():
+        self.parameters_of.start_at(torch.zeros(components * (d + 1)), components * d)
+        with torch.no_grad():  # apart from each other, since equal components would get equal gradients
             self.parameters_of.initial[: components * d].normal_()
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         k, d = self.components, math.prod(self.shape)
         loc, raw, logits = self.parameters_of(context).split([k * d, k * d, k], -1)
-        loc, scale = loc.unflatten(-1, (k, d)), bounded_exp(raw.unflatten(-1, (k, d)))
+        loc, scale = loc.unflatten(-1, (k, d)), positive_scale(raw.unflatten(-1, (k, d)))
         if d > 1:
             mixture: dist.Distribution = dist.MixtureOfDiagNormals(loc, scale, logits)
         else:
             mixture = dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
         if len(self.shape) == 1:
             return mixture
-        return dist.TransformedDistribution(mixture, [ReshapeTransform((d,), self.shape)])
+        return dist.TransformedDistribution(mixture, [ReshapeTransform(torch.Size((d,)), torch.Size(self.shape))])
 
 
 class EqualMixture(dist.MixtureSameFamily):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
-from pyrogen.distributions.families import Normal, StandardNormal
+from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
 from pyrogen.inference.programs import (
     Site,
@@ -50,8 +51,8 @@ class AmortizedGuide(PyroModule):
         family: A family such as :class:`~pyrogen.distributions.Normal`, called as ``family(features, context)``; a
             conditional distribution already built; or a mapping from site names to these, in which sites left out get
             ``Normal``. A family not given by name does not apply to global sites.
-        example: A batch on which the model can run, or shape and type of its tensors. Needed only by a model that reads more of its batch than the
-            length when nothing is observed, or that observes several sites.
+        example: A batch on which the model can run, or shape and type of its tensors. Needed only by a model that
+            reads more of its batch than the length when nothing is observed, or that observes several sites.
 
     Raises:
         ValueError: If the model has a discrete latent site, no latent site at all, or a name in ``family`` is not one
@@ -84,7 +85,7 @@ class AmortizedGuide(PyroModule):
         self.example = None if batch is None else describe_example(batch)
         priors = [part for part in _modules(model) if isinstance(part, Vamp)]
         for prior in priors:
-            prior.bind(StandardNormal(prior.features).forward)
+            prior.bind(partial(_stand_in, StandardNormal(prior.features)))
         batch, trace = _read(model) if batch is None else (batch, prototype(model, *batch))
         self.sites = latent_sites(trace)
         if not self.sites:
@@ -116,8 +117,7 @@ class AmortizedGuide(PyroModule):
             if others or not first:
                 self.contexts[_key(site)] = _Context(width, tuple(others), residual=not first)
         family = self._family_of(site)
-        built = isinstance(family, nn.Module)
-        self.conditionals[_key(site)] = family if built else family(_features(site), context)
+        self.conditionals[_key(site)] = family if isinstance(family, nn.Module) else family(_features(site), context)
 
     def _bind(self, priors: list[Vamp], trace: poutine.Trace) -> None:
         first = next(iter(self.sites.values()))
@@ -127,6 +127,11 @@ class AmortizedGuide(PyroModule):
                     f"site '{name}' has a Vamp prior, which needs a posterior that depends on the data alone; it must "
                     "be the first latent site of the model and in no nested plate"
                 )
+        if priors and isinstance(self.conditionals[_key(first)], Delta):
+            raise ValueError(
+                "a Vamp prior is a mixture of the guide's posteriors, and a mixture of point masses has no density; "
+                "use a family other than Delta"
+            )
         for prior in priors:
             prior.bind(self._posterior_of_first_site)
 
@@ -134,7 +139,7 @@ class AmortizedGuide(PyroModule):
         site = next(iter(self.sites.values()))
         return self._distribution(site, self.encoder(x).flatten(1))
 
-    def _distribution(self, site: Site, parts: Tensor) -> dist.Distribution:
+    def _distribution(self, site: Site, parts: Tensor) -> Any:
         """q of one site from the features and the sites drawn so far, ``(B, C)``."""
         conditional = self.conditionals[_key(site)]
         if site.is_global:
@@ -182,7 +187,6 @@ class _Context(nn.Module):
         self.residual = None
         if residual:
             self.residual = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-            nn.init.zeros_(self.residual[-1].bias)
 
     def forward(self, parts: Tensor) -> Tensor:
         """``(B, width)`` gives ``(B, *plates, width)``."""
@@ -193,7 +197,7 @@ class _Context(nn.Module):
         return parts
 
 
-def _as_example(example: Tensor | Sequence[Tensor] | Sequence[dict[str, Any]]) -> tuple[Tensor, ...]:
+def _as_example(example: Any) -> tuple[Tensor, ...]:
     batch = (example,) if isinstance(example, Tensor) else tuple(example)
     return make_example(batch) if isinstance(batch[0], Mapping) else batch
 
@@ -208,13 +212,19 @@ def _read(model: Callable) -> tuple[tuple[Tensor, ...], poutine.Trace]:
             f"the model could not run on a stand-in batch of two rows ({type(error).__name__}: {error}); it reads more "
             "of its batch than the length. Pass example=, a batch on which it can run, such as data.train[:2] as floats"
         ) from error
-    names = [name for name in observed_sites(trace)]
+    names = [*observed_sites(trace)]
     if len(names) != 1:
         raise ValueError(
             f"the model observes {len(names)} sites {names}, so what the encoder will get is not clear; pass example=, "
             "a batch on which the model can run"
         )
-    return (trace.nodes[names[0]]["value"],), trace
+    x: Any = trace.nodes[names[0]]["value"]
+    return (x,), trace
+
+
+def _stand_in(normal: StandardNormal, inputs: Tensor) -> dist.Distribution:
+    """A posterior of the right shape for a Vamp prior, while the model is read for the first time."""
+    return normal(inputs.flatten(1))
 
 
 def _modules(model: Callable) -> list[nn.Module]:
@@ -251,7 +261,7 @@ def _plate(frame: CondIndepStackFrame, rows: int) -> pyro.plate:
 def _place(site: Site, context: Tensor) -> Tensor:
     """Bring a context ``(B, *nested plates, C)``, or ``(*plates, C)`` at a global site, to the plates' dimensions."""
     plates = sorted(site.plates, key=lambda plate: plate.name != "data")
-    dims = [plate.dim for plate in plates]
+    dims = [_dim(plate) for plate in plates]
     order = sorted(range(len(dims)), key=lambda axis: dims[axis])
     sizes = {dims[axis]: context.shape[axis] for axis in order}
     shape = [sizes.get(dim, 1) for dim in range(min(dims), 0)]
@@ -264,11 +274,16 @@ def _flatten(site: Site, value: Tensor, rows: int) -> Tensor:
         value = biject_to(site.support).inv(value)
     if site.is_global:
         return value.reshape(1, -1).expand(rows, -1)
-    data = next(plate.dim for plate in site.plates if plate.name == "data")
+    data = next(_dim(plate) for plate in site.plates if plate.name == "data")
     return value.movedim(data - len(_unconstrained_shape(site)), 0).reshape(rows, -1)
 
 
-def _supported(site: Site, q: dist.Distribution) -> dist.Distribution:
+def _dim(plate: CondIndepStackFrame) -> int:
+    assert plate.dim is not None  # latent_sites keeps vectorised plates only
+    return plate.dim
+
+
+def _supported(site: Site, q: Any) -> Any:
     """A distribution over unconstrained values, mapped to the site's support."""
     expected = _unconstrained_shape(site)
     if tuple(q.event_shape) != expected:

@@ -4,7 +4,8 @@ Each is a ``pyro.infer.ELBO``: it goes into ``pyro.infer.SVI(model, guide, optim
 ``objective(model, guide)(x)`` returns the loss. Losses are in nats per observation. With K particles each row of the
 batch is copied K times, and the log-weights
 
-.. math:: \log w_{k,i} = \log p(x_i, z_{k,i} \mid \theta) - \log q(z_{k,i} \mid x_i, \theta), \quad \theta \sim q(\theta)
+.. math:: \log w_{k,i} = \log p(x_i, z_{k,i} \mid \theta) - \log q(z_{k,i} \mid x_i, \theta),
+          \quad \theta \sim q(\theta)
 
 have shape ``(K, B)``; whatever is done over particles is done per observation. Global sites θ are drawn once and add
 their divergence, divided by the number N of observations in the whole data set:
@@ -115,7 +116,7 @@ class ObjectiveModule(nn.Module):
         self.guide = guide
         self.elbo = objective
         self._programs = unregistered(model), unregistered(guide)
-        self._store: dict[str, dict] = {"params": {}, "constraints": {}}
+        self._store: Any = {"params": {}, "constraints": {}}
         self.latest: Estimate | None = None
 
     def forward(self, *batch: Tensor) -> Tensor:
@@ -271,7 +272,8 @@ class ELBO(Objective):
     def _free_rate(self, terms: Terms) -> Tensor:
         rate = torch.zeros((), device=terms.log_likelihood.device)
         for name, ratio in terms.ratios.items():
-            q, p = terms.guide_trace.nodes[name], terms.model_trace.nodes.get(name)
+            q: Any = terms.guide_trace.nodes[name]
+            p: Any = terms.model_trace.nodes.get(name)
             by_dimension = None if p is None else kl_by_dimension(q["fn"], p["fn"])
             mean = ratio.mean() if by_dimension is None else by_dimension.flatten(0, -2).mean(0)
             rate = rate + mean.clamp(min=self.free_bits).sum()
@@ -334,7 +336,8 @@ class IWAE(Objective):
 class Renyi(IWAE):
     r"""The variational Rényi bound of order α, per observation.
 
-    .. math:: \mathcal{L} = -\frac{1}{B} \sum_i \frac{1}{1 - \alpha} \mathbb{E} \log \frac{1}{K} \sum_k w_{k,i}^{1-\alpha}
+    .. math::
+        \mathcal{L} = -\frac{1}{B} \sum_i \frac{1}{1 - \alpha} \mathbb{E} \log \frac{1}{K} \sum_k w_{k,i}^{1-\alpha}
 
     α = 0 is :class:`IWAE`; α → 1 is the :class:`ELBO`. Li & Turner 2016, 1602.02311.
 
@@ -470,7 +473,7 @@ def _frozen_replay(
     through: Callable[[dict[str, Any]], Tensor] | None,
 ) -> poutine.Trace:
     """The guide run again on its own draws, its parameters taken as constants."""
-    parameters = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
+    parameters: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
     parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
     if hasattr(guide, "parameters"):
         parameters += guide.parameters()

@@ -21,6 +21,7 @@ from pyro.poutine.runtime import effectful
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 __all__ = [
     "Copies",
@@ -67,9 +68,8 @@ class Site:
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
     """The sample statements of a trace, in order, without the plates' own."""
-    return {
-        name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)
-    }
+    nodes: Any = trace.nodes.items()
+    return {name: node for name, node in nodes if node["type"] == "sample" and not site_is_subsample(node)}
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
@@ -82,17 +82,22 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
     for name, node in sample_sites(trace).items():
         if _is_observed(node):
             continue
-        support = node["fn"].support
+        support = _of_components(node["fn"].support)
         if support.is_discrete:
             raise ValueError(
                 f"latent site '{name}' is discrete (support {support}); expected continuous latent sites, whose "
                 "samples have gradients. Sum the site out of the model, or relax it, e.g. with "
                 "pyro.distributions.RelaxedOneHotCategorical"
             )
-        frames = (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
         plates = tuple(sorted(frames, key=lambda frame: -frame.dim))
         sites[name] = Site(name, tuple(node["fn"].event_shape), support, plates)
     return sites
+
+
+def _of_components(support: Any) -> constraints.Constraint:
+    """The support of a mixture is that of its components; torch names it by a constraint that maps to nothing."""
+    return support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support
 
 
 def observed_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
@@ -128,8 +133,8 @@ def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:
         return log_prob.sum()
     if data.dim == -1 and log_prob.shape == (data.size,):
         return log_prob
-    shape = (1,) * (-data.dim - log_prob.dim()) + tuple(log_prob.shape)
-    log_prob = log_prob.reshape(shape)
+    depth = -min(frame.dim or 0 for frame in node["cond_indep_stack"])
+    log_prob = log_prob.reshape((1,) * (depth - log_prob.dim()) + tuple(log_prob.shape))
     others = [dim for dim in range(-log_prob.dim(), 0) if dim != data.dim]
     return (log_prob.sum(others) if others else log_prob).expand(data.size)
 
@@ -182,7 +187,7 @@ class Program(nn.Module):
         super().__init__()
         self.function = function
         self.modules_of = nn.ModuleDict(_modules_referred_to(function))
-        self._store: dict[str, dict] = {"params": {}, "constraints": {}}
+        self._store: Any = {"params": {}, "constraints": {}}
         with pyro.get_param_store().scope(self._store), torch.random.fork_rng(), poutine.block():
             poutine.trace(function).get_trace(*batch)
         known = {id(parameter) for parameter in self.parameters()}
@@ -236,7 +241,7 @@ def as_module(program: Callable, *batch: Tensor) -> nn.Module:
     """The program as a module that owns all its parameters: itself where it does already, else a :class:`Program`."""
     if isinstance(program, nn.Module):
         known = {id(parameter) for parameter in program.parameters()}
-        nodes = prototype(program, *batch).nodes.values()
+        nodes: Any = prototype(program, *batch).nodes.values()
         seen = (node["value"] for node in nodes if node["type"] == "param")
         if all(id(value.unconstrained() if hasattr(value, "unconstrained") else value) in known for value in seen):
             return program

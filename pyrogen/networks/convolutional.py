@@ -18,9 +18,7 @@ def image_shape(size: int | Sequence[int], argument: str) -> tuple[int, int, int
     return shape[0], shape[1], shape[2]
 
 
-def stages(
-    height: int, width: int, channels: Sequence[int] | None
-) -> tuple[tuple[int, ...], tuple[int, int]]:
+def stages(height: int, width: int, channels: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[int, int]]:
     """The channels of each stage, and the height and width that are left when each stage has halved them.
 
     Without ``channels`` there is one stage for each time both sides can be halved and stay at 4 or more (but
@@ -209,9 +207,7 @@ class RoscaEncoder(nn.Module):
         self.input_shape = image_shape(inputs, "inputs")
         self.output_shape = as_shape(outputs)
         if not channels:
-            raise ValueError(
-                "channels must name at least one convolution, got none; pass e.g. (8, 16, 32, 64)"
-            )
+            raise ValueError("channels must name at least one convolution, got none; pass e.g. (8, 16, 32, 64)")
         layers: list[nn.Module] = []
         before, height, width = self.input_shape
         for index, after in enumerate(channels):

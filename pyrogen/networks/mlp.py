@@ -15,9 +15,7 @@ def as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
     """An event shape from an integer or a shape: ``8`` means ``(8,)``."""
     shape = (size,) if isinstance(size, int) else tuple(int(n) for n in size)
     if any(n < 1 for n in shape):
-        raise ValueError(
-            f"a size must be positive, got {size}; pass an integer or an event shape such as (1, 28, 28)"
-        )
+        raise ValueError(f"a size must be positive, got {size}; pass an integer or an event shape such as (1, 28, 28)")
     return shape
 
 

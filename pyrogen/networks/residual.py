@@ -49,9 +49,7 @@ class ResidualBlock(nn.Module):
         torch.Size([2, 16, 3, 3])
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, *, resize: float = 1, activation: type[nn.Module] = nn.ReLU
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, resize: float = 1, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         if resize not in (0.5, 1, 2):
             raise ValueError(f"resize must be 0.5, 1 or 2, got {resize}")
@@ -63,9 +61,7 @@ class ResidualBlock(nn.Module):
         self.first = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
         self.between = nn.Sequential(normalisation(outputs), activation())
         self.second = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1)
-        self.skip = (
-            nn.Conv2d(inputs, outputs, kernel_size=1, bias=False) if inputs != outputs else nn.Identity()
-        )
+        self.skip = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x)
@@ -200,7 +196,5 @@ class ResNetDecoder(nn.Module):
 def check_blocks(blocks: int) -> int:
     """The number of blocks in a stage, if it is one."""
     if blocks < 1:
-        raise ValueError(
-            f"blocks must be 1 or more, got {blocks}: each stage has at least the block that resizes"
-        )
+        raise ValueError(f"blocks must be 1 or more, got {blocks}: each stage has at least the block that resizes")
     return blocks

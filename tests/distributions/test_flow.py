@@ -281,6 +281,17 @@ def test_single_precision(name):
     assert (q.log_prob(z) - q.log_prob(z.clone())).abs().max() < 1e-4
 
 
+def test_inversion_does_not_depend_on_the_default_precision():
+    flow = away_from_the_identity(partial(Flow, 3, 2, layers=2, hidden=(8,))).float()
+    context, value = torch.randn(4, 2), torch.randn(4, 3)
+    expected = flow(context).log_prob(value)
+    torch.set_default_dtype(DOUBLE)
+    try:
+        torch.testing.assert_close(flow(context).log_prob(value), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_far_values_are_finite(name):
     flow = away_from_the_identity(partial(Flow, 3, transform=name, direction="density", hidden=(8,)))
@@ -470,7 +481,7 @@ def test_learns_a_correlated_posterior(name):
         z = q.sample((10_000,))
         divergence = (q.log_prob(z) - target.log_prob(z)).mean()
     # An affine map of z2 given z1 contains the target; planar layers only approach it.
-    assert divergence < (0.3 if name == "planar" else 0.02)
+    assert divergence < (0.1 if name == "planar" else 0.02)
 
 
 # Extension, and errors.
@@ -523,9 +534,7 @@ def test_planar_says_what_it_cannot():
         q.log_prob(torch.randn(4, 3))
     p = Flow(3, transform="planar")()
     for draw in (p.sample, p.rsample):
-        with pytest.raises(
-            NotImplementedError, match=r"direction='density' cannot draw .*direction=\"sampling\""
-        ):
+        with pytest.raises(NotImplementedError, match=r"direction='density' cannot draw .*direction=\"sampling\""):
             draw()
     assert p.log_prob(torch.randn(4, 3)).shape == (4,)
 

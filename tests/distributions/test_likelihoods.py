@@ -108,9 +108,7 @@ def test_continuous_bernoulli_moments_by_quadrature(logit):
     assert d.mean.item() == pytest.approx(mean.item(), abs=1e-10)
     assert d.variance.item() == pytest.approx((p * (x - mean) ** 2).sum().item(), rel=1e-7)
     assert d.entropy().item() == pytest.approx(-(p * d.log_prob(x)).sum().item(), abs=1e-9)
-    assert (
-        d.cdf(d.icdf(PIXELS[1:-1])).sub(PIXELS[1:-1]).abs().max() < 2e-8
-    )  # the series near logit 0 is cubic
+    assert d.cdf(d.icdf(PIXELS[1:-1])).sub(PIXELS[1:-1]).abs().max() < 2e-8  # the series near logit 0 is cubic
 
 
 @pytest.mark.parametrize("logit", [-300.0, -3.0, 0.0, 5.0, 300.0])
@@ -153,9 +151,7 @@ def test_normal_and_laplace_by_hand():
     assert laplace.item() == pytest.approx(-3 / 2 - 2 * math.log(4), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [(NormalLikelihood, dist.Normal), (LaplaceLikelihood, dist.Laplace)]
-)
+@pytest.mark.parametrize(("family", "kind"), [(NormalLikelihood, dist.Normal), (LaplaceLikelihood, dist.Laplace)])
 def test_learned_scales(family, kind):
     output = torch.tensor([[0.1, 0.2, 0.3, 0.4], [-1.0, 0.0, 1.0, 200.0]])
     d = row(family(Fixed(output.reshape(8)), scale="per pixel")).base_dist
@@ -220,9 +216,7 @@ def test_optimal_scale_survives_expansion_particles_and_a_perfect_fit():
     assert likelihood.variance.item() == pytest.approx(4.0)
     log_p = likelihood(torch.zeros(5, 1)).log_prob(torch.zeros(5, 4)).sum()
     log_p.backward()
-    assert log_p.item() == pytest.approx(
-        -20 * (math.log(SMALLEST_SCALE) + 0.5 * math.log(2 * math.pi)), rel=1e-5
-    )
+    assert log_p.item() == pytest.approx(-20 * (math.log(SMALLEST_SCALE) + 0.5 * math.log(2 * math.pi)), rel=1e-5)
     assert decoder.gradient.isfinite().all()
 
 

@@ -113,9 +113,7 @@ def test_leading_dimensions_are_independent(family, options, data, outside, even
     likelihood = build(family, options, event).eval()
     z, x = torch.randn(3, 5, LATENTS), data((3, 5, *event))
     together = likelihood(z).log_prob(x)
-    apart = torch.stack(
-        [torch.stack([likelihood(z[i, j]).log_prob(x[i, j]) for j in range(5)]) for i in range(3)]
-    )
+    apart = torch.stack([torch.stack([likelihood(z[i, j]).log_prob(x[i, j]) for j in range(5)]) for i in range(3)])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(likelihood(z).mean[1, 2], likelihood(z[1, 2]).mean)
 
@@ -236,11 +234,7 @@ def test_sample_averages_match_the_mean(family, options, data, outside, event):
     error = 5 * x.std(0) / math.sqrt(4000)
     # Five standard errors: a true mean fails once in 1.7 million runs for each value. The means of
     # rounded normals and logistics are documented to half a level; of coupled colours only red's is exact.
-    half = (
-        0.5 / (options.get("levels", 256) - 1)
-        if family in (QuantizedNormal, DiscretizedLogisticMixture)
-        else 0
-    )
+    half = 0.5 / (options.get("levels", 256) - 1) if family in (QuantizedNormal, DiscretizedLogisticMixture) else 0
     coupled = family is DiscretizedLogisticMixture and event[0] == 3
     assert ((x.mean(0) - d.mean).abs() <= error + half)[: 1 if coupled else None].all()
 
@@ -264,7 +258,5 @@ def test_decoder_shapes():
 @pytest.mark.parametrize("family", [QuantizedNormal, DiscretizedLogisticMixture, CategoricalLikelihood])
 def test_an_output_of_the_wrong_size_is_explained(family):
     options = {"scale": "per pixel"} if family is QuantizedNormal else {}
-    with pytest.raises(
-        ValueError, match=r"build the decoder with the shape that decoder_shape\(event_shape\) gives"
-    ):
+    with pytest.raises(ValueError, match=r"build the decoder with the shape that decoder_shape\(event_shape\) gives"):
         family(nn.Linear(LATENTS, 7), **options)(torch.zeros(3, LATENTS))

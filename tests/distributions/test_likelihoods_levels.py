@@ -59,9 +59,7 @@ def test_bad_numbers_of_components_are_refused(components):
 
 def test_categorical_by_hand():
     d = CategoricalLevels(torch.tensor([0.0, math.log(2.0), math.log(5.0)], dtype=torch.float64))
-    torch.testing.assert_close(
-        d.log_prob(grid(3)).exp(), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64) / 8
-    )
+    torch.testing.assert_close(d.log_prob(grid(3)).exp(), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64) / 8)
     assert d.mean.item() == pytest.approx((0.5 * 2 + 5) / 8)
 
 
@@ -138,9 +136,7 @@ def normal_reference(k: np.ndarray, loc: np.ndarray, scale: np.ndarray, levels: 
 
 # Float32 reads x - loc to eps * max(|loc|, 1), which moves a log-mass by its slope, |x - loc| / scale^2, of
 # that: under 2e-4 within 3 deviations of 1e-3, and further out small against the log-mass itself.
-@pytest.mark.parametrize(
-    ("dtype", "rtol", "atol"), [(torch.float64, 1e-9, 1e-8), (torch.float32, 2e-5, 2e-4)]
-)
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-9, 1e-8), (torch.float32, 2e-5, 2e-4)])
 @pytest.mark.parametrize("levels", [2, 256])
 def test_normal_agrees_with_reference_far_out(dtype, rtol, atol, levels):
     loc, scale = pairs(dtype)
@@ -181,9 +177,7 @@ def test_gradients_in_float64_by_finite_differences():
     assert torch.autograd.gradcheck(mixture, arguments)
 
 
-def colour_mixture(
-    levels: int, dtype: torch.dtype = torch.float64, scale: float = 0.15
-) -> LogisticMixtureLevels:
+def colour_mixture(levels: int, dtype: torch.dtype = torch.float64, scale: float = 0.15) -> LogisticMixtureLevels:
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -228,9 +222,7 @@ def test_colours_of_256_levels_by_their_conditionals():
         p = weights * logistic_masses(loc[:, 0], s[:, 0], 256)[:, r]
         p = p * logistic_masses(loc[:, 1] + c[:, 0] * red, s[:, 1], 256)[:, g]
         blue = logistic_masses(loc[:, 2] + c[:, 1] * red + c[:, 2] * green, s[:, 2], 256)
-        x = torch.stack(
-            [torch.full((256,), r / 255).double(), torch.full((256,), g / 255).double(), grid(256)], 1
-        )
+        x = torch.stack([torch.full((256,), r / 255).double(), torch.full((256,), g / 255).double(), grid(256)], 1)
         got = d.log_prob(x[:, :, None, None]).exp()
         torch.testing.assert_close(got, torch.tensor(p @ blue), rtol=1e-9, atol=0)
         # Given red and green, blue's levels sum to one.
@@ -273,9 +265,7 @@ def test_samples_have_the_probabilities_that_are_scored():
         counts = (x[:, i] * 16).round().long().bincount(minlength=17)
         assert_frequencies(counts, d.log_prob(grid(17, torch.float32)[:, None])[:, i].exp())
     c = CategoricalLevels(torch.randn(17))
-    assert_frequencies(
-        (c.sample((20_000,)) * 16).round().long().bincount(minlength=17), c.log_prob(grid(17)).exp()
-    )
+    assert_frequencies((c.sample((20_000,)) * 16).round().long().bincount(minlength=17), c.log_prob(grid(17)).exp())
 
 
 def test_colour_samples_have_the_probabilities_that_are_scored():
@@ -323,16 +313,12 @@ def test_channels_are_read_in_the_documented_order():
     linear = nn.Linear(1, 20)
     with torch.no_grad():
         linear.bias.copy_(torch.arange(20.0) / 10)
-    d = DiscretizedLogisticMixture(nn.Sequential(linear, nn.Unflatten(1, shape)), components=2)(
-        torch.zeros(1)
-    )
+    d = DiscretizedLogisticMixture(nn.Sequential(linear, nn.Unflatten(1, shape)), components=2)(torch.zeros(1))
     torch.testing.assert_close(d.logits.flatten(), torch.tensor([0.0, 0.1]))
     torch.testing.assert_close(d.loc.squeeze(), 0.5 + torch.tensor([[0.2, 0.3, 0.4], [0.5, 0.6, 0.7]]))
     raw = torch.tensor([[0.8, 0.9, 1.0], [1.1, 1.2, 1.3]])
     torch.testing.assert_close(d.scale.squeeze(), 1e-3 + torch.log1p(raw.exp()))
-    torch.testing.assert_close(
-        d.coefficients.squeeze(), torch.tensor([[1.4, 1.5, 1.6], [1.7, 1.8, 1.9]]).tanh()
-    )
+    torch.testing.assert_close(d.coefficients.squeeze(), torch.tensor([[1.4, 1.5, 1.6], [1.7, 1.8, 1.9]]).tanh())
 
 
 def test_categorical_parameters_are_one_block_a_level():
