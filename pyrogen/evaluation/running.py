@@ -1,0 +1,268 @@
+"""Running programs outside of training: checked rows, a mode and a random state of their own, and bounded memory."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrogen.inference.batches import Batches, as_batch, check_data
+from pyrogen.inference.checks import check_programs, check_values, first_parameter, modules_of
+from pyrogen.inference.objectives import Terms, run_programs
+from pyrogen.inference.programs import (
+    Copies,
+    Site,
+    data_frame,
+    latent_sites,
+    prototype,
+    repeat,
+    sample_sites,
+)
+
+__all__ = ["ROWS", "Prepared", "by_row", "means", "pair_passes", "passes", "prepared"]
+
+ROWS = 4096
+"""How many rows, copies counted, go through a program at once."""
+
+GLOBAL_DRAWS = 100
+"""How often, at least where there are as many particles, an average over particles draws global sites anew."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and its guide with checked rows, ready to be run.
+
+    Attributes:
+        model, guide: Programs.
+        batch: The rows, on the programs' device.
+        latents: The model's latent sites.
+        nodes: The model's sites in a trace of one or two rows.
+        point_masses: The latent sites at which the guide has no density.
+    """
+
+    model: Callable
+    guide: Callable
+    batch: tuple[Tensor, ...]
+    latents: dict[str, Site]
+    nodes: dict[str, dict[str, Any]]
+    point_masses: tuple[str, ...]
+
+    @property
+    def observed(self) -> list[str]:
+        """The names of the observed sites."""
+        return [name for name in self.nodes if name not in self.latents]
+
+    @property
+    def local_point_masses(self) -> list[str]:
+        """The per-observation sites at which the guide has no density."""
+        return [name for name in self.point_masses if not self.latents[name].is_global]
+
+    @property
+    def has_global(self) -> bool:
+        """Whether a latent site stands outside the plate ``"data"``."""
+        return any(site.is_global for site in self.latents.values())
+
+    def copies_of(self, particles: int) -> int | None:
+        """How many copies may share one draw of the global sites; None without such sites."""
+        return math.ceil(particles / GLOBAL_DRAWS) if self.has_global else None
+
+    def need_density(self, what: str) -> None:
+        """Raise a ``ValueError`` if the guide has a point mass at a per-observation site."""
+        if self.local_point_masses:
+            raise ValueError(
+                f"{what} needs the guide's density, but its distribution at the latent sites "
+                f"{self.local_point_masses} is a point mass (Delta), which has none; fit an explicit guide, such as "
+                "AmortizedGuide(model, encoder, family=Normal), to the frozen model and pass that"
+            )
+
+
+@contextmanager
+def prepared(
+    model: Callable,
+    guide: Callable | None,
+    x: Tensor | Sequence[Tensor],
+    *,
+    seed: int,
+    particles: int = 1,
+    rows: int = ROWS,
+    guided: bool = True,
+    values: bool = True,
+) -> Iterator[Prepared]:
+    """Check programs, rows and options; meanwhile run in evaluation mode, without gradients, from ``seed``.
+
+    Modes, Pyro's parameter store and the random state are given back afterwards. Plain functions see the parameters
+    that Pyro's store holds; modules only their own. Without ``guided`` a guide may be missing, and without ``values``
+    x only says how many rows there are.
+
+    Raises:
+        TypeError: If ``x`` is neither a tensor nor a sequence of tensors.
+        ValueError: If x is empty, not finite or not what the model observes; if model and guide do not fit, or there
+            is no guide and ``guided`` asks for one; if ``particles`` or ``rows`` is below 1.
+    """
+    for name, value in (("particles or draws", particles), ("rows", rows)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"the number of {name} must be a whole number of at least 1, got {value!r}")
+    batch = _placed(x, first_parameter(model, guide))
+    modules = [module for root in (*modules_of(model), *modules_of(guide)) for module in root.modules()]
+    check_data(batch)
+    state = pyro.get_param_store().get_state()
+    model, guide = _with_parameters(model, state), guide if guide is None else _with_parameters(guide, state)
+    if values:
+        check_values(model, Batches(batch, None, len(batch[0]), 0))
+    first = tuple(tensor[:2] for tensor in batch)
+    if guided or guide is not None:
+        check_programs(model, guide, *first)
+    modes = [module.training for module in modules]
+    devices = {tensor.device for tensor in batch if tensor.is_cuda}
+    try:
+        for module in modules:
+            module.training = False
+        with (
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            pyro.get_param_store().scope(),
+            torch.random.fork_rng(devices=devices),
+        ):
+            torch.manual_seed(seed)
+            yield _prepare(model, guide, batch, first)
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _prepare(model: Callable, guide: Callable | None, batch: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> Prepared:
+    trace = prototype(model, *first)
+    nodes, latents = sample_sites(trace), latent_sites(trace)
+    for name, node in nodes.items():
+        if name not in latents and data_frame(node) is None:
+            raise ValueError(
+                f"the observed site '{name}' stands outside the plate \"data\", so what it says of one observation is "
+                'not clear; put it in `with pyro.plate("data", len(x)):`'
+            )
+    masses: tuple[str, ...] = ()
+    if guide is not None:
+        drawn = sample_sites(prototype(guide, *first))
+        masses = tuple(name for name in latents if _is_point_mass(drawn[name]["fn"]))
+    return Prepared(model, guide or _nothing, batch, latents, nodes, masses)
+
+
+def _nothing(*batch: Tensor) -> None:
+    """The guide of a model without latent sites."""
+
+
+def _placed(x: Tensor | Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, ...]:
+    """Stored tensors as floats on the device and in the precision of a parameter."""
+    if not isinstance(x, Tensor) and not (
+        isinstance(x, (tuple, list)) and x and all(isinstance(tensor, Tensor) for tensor in x)
+    ):
+        raise TypeError(
+            f"expected x as a tensor (B, *event_shape) or a tuple of tensors, got {type(x).__name__}; of what "
+            "pyrogen.data.load returns pass a split, such as data.test"
+        )
+    if parameter is None:
+        return as_batch(x)
+    batch = as_batch(x, parameter.device)
+    return tuple(tensor.to(parameter.dtype) if tensor.is_floating_point() else tensor for tensor in batch)
+
+
+def _with_parameters(program: Callable, state: Any) -> Callable:
+    """A plain function with the parameters of a store; a module owns its own."""
+    if isinstance(program, nn.Module):
+        return program
+
+    def function(*batch: Tensor) -> Any:
+        with pyro.get_param_store().scope(state):
+            return program(*batch)
+
+    return function
+
+
+def _is_point_mass(fn: Any) -> bool:
+    while fn is not None:
+        if isinstance(fn, dist.Delta):
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
+
+
+def pair_passes(
+    pair: Prepared, particles: int, rows: int, *, copies: int | None = None, closed_form: bool = False
+) -> Iterator[tuple[slice, Terms]]:
+    """Guide and model on ``particles`` copies of each row, in passes of at most ``rows`` rows.
+
+    Copies come first: the encoder sees a row once in a pass, however many its copies. Global sites are drawn once for
+    each group of ``copies`` copies, and held while the group goes through the rows.
+
+    Yields:
+        The rows of a pass, and its terms.
+    """
+    for group in _groups(particles, rows, copies):
+        held: poutine.Trace | None = None
+        for part in _parts(len(pair.batch[0]), group, rows):
+            guide = pair.guide if held is None else poutine.replay(pair.guide, trace=held)
+            batch = tuple(tensor[part] for tensor in pair.batch)
+            terms = run_programs(pair.model, guide, batch, group, closed_form=closed_form)
+            held = held or _globals(terms.guide_trace)
+            yield part, terms
+
+
+def passes(
+    program: Callable, batch: tuple[Tensor, ...], particles: int, rows: int, *, copies: int | None = None
+) -> Iterator[tuple[slice, int, poutine.Trace]]:
+    """As :func:`pair_passes` for a single program.
+
+    Yields:
+        The rows of a pass, how many copies of them, and the trace.
+    """
+    for group in _groups(particles, rows, copies):
+        held: poutine.Trace | None = None
+        for part in _parts(len(batch[0]), group, rows):
+            replayed = program if held is None else poutine.replay(program, trace=held)
+            with Copies(group):
+                copied = repeat(tuple(tensor[part] for tensor in batch), group)
+                trace = poutine.trace(replayed).get_trace(*copied)
+            held = held or _globals(trace)
+            yield part, group, trace
+
+
+def _groups(particles: int, rows: int, copies: int | None) -> Iterator[int]:
+    size = min(particles, rows, copies or particles)
+    for start in range(0, particles, size):
+        yield min(size, particles - start)
+
+
+def _parts(total: int, copies: int, rows: int) -> Iterator[slice]:
+    size = max(1, rows // copies)
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def _globals(trace: poutine.Trace) -> poutine.Trace:
+    held = poutine.Trace()
+    for name, node in sample_sites(trace).items():
+        if data_frame(node) is None and not node["is_observed"]:
+            held.add_node(name, **node)
+    return held
+
+
+def by_row(node: dict[str, Any], value: Tensor, copies: int) -> Tensor:
+    """A value of a site by copy and row: ``(K, B, *nested plates, *event)``, or ``(*plates, *event)`` if global."""
+    data = data_frame(node)
+    if data is None:
+        return value
+    axis = data.dim - node["fn"].event_dim
+    return value.movedim(axis, 0).unflatten(0, (copies, -1))
+
+
+def means(node: dict[str, Any]) -> Tensor | None:
+    """The mean of a site's distribution in the shape of its value, or None where it has none in closed form."""
+    try:
+        return node["fn"].mean.expand_as(node["value"])
+    except (NotImplementedError, AttributeError):
+        return None

@@ -1,0 +1,118 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyrogen.data import Data
+from pyrogen.distributions import Bernoulli, StandardNormal
+from pyrogen.evaluation import evaluate
+from pyrogen.inference import ELBO, IWAE, AmortizedGuide
+from pyrogen.models import LatentVariableModel
+from pyrogen.networks import MLP
+
+
+def test_figures_of_an_exact_posterior(ppca, exact, make_run):
+    model, x = ppca
+    found = evaluate(make_run(model, exact, x), x, particles=50)
+    truth = model.log_likelihood(x).detach()
+    assert found.log_likelihood == pytest.approx(float(truth.mean()), abs=1e-9)
+    assert found.log_likelihood_error == pytest.approx(float(truth.std()) / 200**0.5)
+    assert found.monte_carlo_error < 1e-6
+    assert found.effective_sample_size == pytest.approx(50)
+    assert found.elbo == pytest.approx(-found.rate - found.distortion)
+    # The gap is 0, and what the bound has of noise comes from 200 * 16 draws of two squares at 1/2 each, less
+    # what they share with the rate: at most 1 / sqrt(3200) = 0.018. Five of these fail once in 10^6.
+    assert found.elbo == pytest.approx(found.log_likelihood, abs=0.09)
+    assert (found.observations, found.particles, found.latent_units) == (200, 50, 2)
+    assert found.active_units == 2
+    assert found.bits_per_dimension is None
+    assert found.seconds > 0
+    assert found.to_dict()["rate"] == found.rate
+
+
+def test_the_objective_does_not_matter(ppca, wide, make_run):
+    model, x = ppca
+    runs = [make_run(model, wide, x, objective=objective) for objective in (ELBO(beta=0.0), IWAE(5))]
+    first, second = (evaluate(run, x[:20], particles=20).to_dict() for run in runs)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_of_a_data_set_the_test_split_is_used(make_run):
+    bits = torch.rand(30, 6) > 0.5
+    data = Data("bits", train=bits[:10], validation=bits[10:15], test=bits[15:], values="binary")
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, 6)))
+    run = make_run(model, AmortizedGuide(model, MLP(6, 8)), bits[:2].float())
+    found = evaluate(run, data, particles=10)
+    assert found.observations == 15
+    expected = evaluate(run, bits[15:].float(), particles=10)
+    assert found.log_likelihood == expected.log_likelihood
+    assert found.bits_per_dimension == pytest.approx(-found.log_likelihood / 6 / math.log(2))
+
+
+def test_what_a_point_mass_leaves_undefined(ppca, point_mass, make_run):
+    model, x = ppca
+    found = evaluate(make_run(model, point_mass, x), x)
+    undefined = ("rate", "elbo", "log_likelihood", "log_likelihood_error", "monte_carlo_error")
+    assert all(math.isnan(getattr(found, name)) for name in undefined)
+    assert math.isfinite(found.distortion) and found.active_units == 2
+    lines = {line.split("  ")[0]: line for line in str(found).splitlines()}
+    assert all("not defined" in lines[name] for name in ("log-likelihood", "ELBO", "rate"))
+    assert "not defined" not in lines["distortion"]
+
+
+def test_without_a_guide_nothing_is_defined(ppca, make_run):
+    model, x = ppca
+    found = evaluate(make_run(model, None, x), x)
+    assert math.isnan(found.distortion) and math.isnan(found.log_likelihood) and found.active_units is None
+    assert "of 2" in str(found).splitlines()[-1]
+
+
+def test_one_observation_has_no_spread(ppca, exact, make_run):
+    model, x = ppca
+    found = evaluate(make_run(model, exact, x), x[:1], particles=10)
+    assert math.isnan(found.log_likelihood_error) and found.active_units is None
+    assert "(data)" not in str(found) and "(particles)" in str(found)
+
+
+def test_a_model_without_latents_is_exact(make_run):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(9, 3)
+    found = evaluate(make_run(model, None, x), x, particles=4)
+    expected = float(dist.Normal(0.0, 1.0).log_prob(x).sum(1).mean())
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-5)
+    assert found.elbo == pytest.approx(expected, abs=1e-5)
+    assert (found.rate, found.latent_units, found.active_units) == (0.0, 0, 0)
+
+
+def test_errors_that_observations_share_do_not_average_out(global_mean, make_run):
+    run = make_run(global_mean.model, global_mean.guide, global_mean.x)
+    few, many = (evaluate(run, global_mean.x.repeat(n), particles=100) for n in (1, 50))
+    assert many.monte_carlo_error == pytest.approx(few.monte_carlo_error, rel=1e-6)
+
+
+def test_the_table_is_aligned(ppca, wide, make_run):
+    model, x = ppca
+    heading, *rows = str(evaluate(make_run(model, wide, x), x[:30], particles=10)).splitlines()
+    assert heading.startswith("Evaluation on 30 observations")
+    assert len({row.index(" nats") for row in rows if " nats" in row}) == 1
+    assert "± " in rows[0] and "(data)" in rows[0] and "(particles)" in rows[0]
+
+
+def test_what_does_not_fit_is_refused(ppca, exact, make_run):
+    model, x = ppca
+    run = make_run(model, exact, x)
+    with pytest.raises(ValueError, match=r"model draws \(2, 5\)"):
+        evaluate(run, x[:, :3])
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate(run, x * torch.nan)
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(run, x[:0])
+    with pytest.raises(TypeError, match="expected x"):
+        evaluate(run, x.numpy())
+    with pytest.raises(ValueError, match="got 0"):
+        evaluate(run, x, particles=0)
