@@ -3,6 +3,9 @@
 An object is described by its class and its constructor's arguments, which are read from the attributes of the same
 names, as ``torch.nn`` modules keep theirs. An object that stands in two places is described once and shared, in YAML
 by an anchor.
+
+What :func:`build` makes without being trusted is only this: modules of torch and Pyro, optimizers of torch, and the
+public classes of pyrogen's own parts. No function is called and nothing else is imported.
 """
 
 import functools
@@ -11,22 +14,39 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from pyro.nn import PyroModule
 from torch import nn
 
 __all__ = ["build", "class_path", "describe", "import_object"]
 
-TRUSTED = ("pyrogen", "pyro", "torch")
+TRUSTED = (
+    "pyrogen.distributions",
+    "pyrogen.inference",
+    "pyrogen.models",
+    "pyrogen.networks",
+    "pyro.distributions",
+    "pyro.nn",
+    "torch.nn",
+    "torch.optim",
+)
+"""Packages whose classes may be built from a file of unknown origin."""
+
 _FILE_PREFIX = "_pyrogen_file_"
+_KEYS = ("class_path", "reference", "partial")
+_WITHOUT_ARGUMENTS = (object.__init__, nn.Module.__init__, PyroModule.__init__)
 
 
 def describe(value: Any, _seen: dict[int, tuple[Any, Any]] | None = None) -> Any:
     """A plain value (numbers, strings, lists, mappings) from which :func:`build` makes an equal object.
+
+    Lists and tuples alike come back as tuples.
 
     Raises:
         ValueError: If a constructor's argument is not kept as an attribute, or something can't be named by an import
@@ -38,65 +58,120 @@ def describe(value: Any, _seen: dict[int, tuple[Any, Any]] | None = None) -> Any
         {'class_path': 'pyrogen.distributions.StandardNormal', 'init_args': {'features': 2}}
     """
     seen = {} if _seen is None else _seen
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+    if value is None or isinstance(value, (bool, int, float, str, np.generic)):
+        return _plain_scalar(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (tuple, list)):
         return [describe(item, seen) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): describe(item, seen) for key, item in value.items()}
-    if isinstance(value, (type, FunctionType)):
+        return _describe_mapping(value, seen)
+    if isinstance(value, type):
         return {"reference": class_path(value)}
-    if isinstance(value, functools.partial):
-        return {"partial": class_path(value.func), "init_args": describe(value.keywords, seen)}
     if id(value) not in seen:
-        # The object is kept beside its description, lest its id be used again.
-        seen[id(value)] = (_describe_object(value, seen), value)
-    return seen[id(value)][0]
+        # The value is kept beside its description, lest its id be used again.
+        seen[id(value)] = None, value
+        try:
+            seen[id(value)] = _describe_object(value, seen), value
+        except ValueError:
+            del seen[id(value)]
+            raise
+    described = seen[id(value)][0]
+    if described is None:
+        raise ValueError(f"a {type(value).__name__} is among its own arguments; build it without the circle")
+    return described
+
+
+def _plain_scalar(value: Any) -> Any:
+    """A number or a string without the type that numpy or an enumeration gives it; YAML knows only the plain ones."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    if plain is None:
+        if value is None:
+            return None
+        raise ValueError(f"{value!r} is no plain number or string; pass one")
+    return plain(value)
+
+
+def _describe_mapping(value: Mapping, seen: dict[int, tuple[Any, Any]]) -> dict[str, Any]:
+    odd = [key for key in value if not isinstance(key, str) or key in _KEYS]
+    if odd:
+        raise ValueError(f"a mapping with the key {odd[0]!r} can't be written; use strings other than {_KEYS} for keys")
+    return {str(key): describe(item, seen) for key, item in value.items()}
 
 
 def _describe_object(value: Any, seen: dict[int, tuple[Any, Any]]) -> dict[str, Any]:
-    if isinstance(value, (nn.Sequential, nn.ModuleList)):
-        return {"class_path": class_path(type(value)), "args": [describe(part, seen) for part in value]}
+    if isinstance(value, FunctionType):
+        return {"reference": class_path(value)}
+    if isinstance(value, functools.partial):
+        positional = {"args": [describe(item, seen) for item in value.args]} if value.args else {}
+        return {"partial": class_path(value.func), **positional, "init_args": describe(value.keywords, seen)}
     if isinstance(value, torch.Tensor):
         raise ValueError(
             f"a tensor of shape {tuple(value.shape)} is an argument of a constructor; keep a plain value under the "
             "argument's name (its shape, say) and the tensor as a parameter or buffer"
         )
-    described = {"class_path": class_path(type(value)), "init_args": {}}
-    for name, parameter in inspect.signature(type(value).__init__).parameters.items():
-        if name == "self" or parameter.kind is parameter.VAR_KEYWORD:
+    path, constructor = class_path(type(value)), type(value).__init__
+    if constructor is nn.Sequential.__init__:
+        if list(value._modules) != [str(index) for index in range(len(value))]:
+            raise ValueError("the parts of an nn.Sequential have names of their own; build it without names")
+        return {"class_path": path, "args": [describe(part, seen) for part in value]}
+    if constructor is nn.ModuleList.__init__:
+        return {"class_path": path, "args": [[describe(part, seen) for part in value]]}
+    if constructor is nn.ModuleDict.__init__:
+        return {"class_path": path, "args": [_describe_mapping(dict(value.items()), seen)]}
+    return {"class_path": path, "init_args": _arguments(value, seen)}
+
+
+def _arguments(value: Any, seen: dict[int, tuple[Any, Any]]) -> dict[str, Any]:
+    """The arguments of an object's constructor, by name."""
+    constructor = type(value).__init__
+    if constructor in _WITHOUT_ARGUMENTS:
+        return {}
+    of_torch = type(value).__module__.startswith("torch.")
+    arguments = {}
+    for name, parameter in [*inspect.signature(constructor).parameters.items()][1:]:
+        if of_torch and (name in ("device", "dtype") or name.startswith("_")):
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD and not of_torch:
+            raise ValueError(
+                f"{type(value).__name__} takes **{name}, of which nothing can be read back; name its arguments"
+            )
+        if parameter.kind is parameter.VAR_KEYWORD:
             continue
         if not hasattr(value, name):
-            if isinstance(value, nn.Module) and name in ("device", "dtype"):
-                continue
             raise ValueError(
                 f"{type(value).__name__} does not keep its argument '{name}' as an attribute, so it can't be built "
                 f"again from a file; write `self.{name} = {name}` in its constructor"
             )
         argument = getattr(value, name)
         # torch's own layers keep a parameter under the name of the switch that asked for it, such as `bias`.
-        described["init_args"][name] = True if isinstance(argument, nn.Parameter) else describe(argument, seen)
-    return described
+        switch = of_torch and isinstance(argument, nn.Parameter)
+        arguments[name] = True if switch else describe(argument, seen)
+    return arguments
 
 
-def class_path(value: type | FunctionType) -> str:
-    """The shortest import path of a class or function; ``FILE.py:NAME`` for one that came from a file."""
-    name, module = value.__qualname__, sys.modules.get(value.__module__)
-    if module is None or "<" in name or value.__module__ == "__main__":
+def class_path(value: Callable) -> str:
+    """The shortest import path of a class or function; ``FILE.py:NAME`` for one that came from a file.
+
+    Raises:
+        ValueError: If nothing at that path is this very class or function.
+    """
+    name, home = getattr(value, "__qualname__", type(value).__name__), getattr(value, "__module__", None) or ""
+    module = sys.modules.get(home)
+    if home == "__main__" or getattr(module, name, None) is not value:
         raise ValueError(
-            f"{value.__module__}.{name} has no import path by which it could be found again; define it at the top "
-            "level of a module"
+            f"{home}.{name} has no import path by which it could be found again; define it at the top level of a module"
         )
-    if value.__module__.startswith(_FILE_PREFIX):
-        return f"{module.__file__}:{name}"
-    packages = value.__module__.split(".")
+    if home.startswith(_FILE_PREFIX):
+        return f"{getattr(module, '__file__', None)}:{name}"
+    packages = home.split(".")
     for end in range(1, len(packages)):
         package = ".".join(packages[:end])
         if getattr(sys.modules.get(package), name, None) is value:
             return f"{package}.{name}"
-    return f"{value.__module__}.{name}"
+    return f"{home}.{name}"
 
 
 def import_object(path: str, *, trust: bool = False) -> Any:
@@ -104,31 +179,51 @@ def import_object(path: str, *, trust: bool = False) -> Any:
 
     Args:
         path: Such as ``pyrogen.distributions.Normal`` or ``my_model.py:Model``.
-        trust: Whether code outside pyrogen, Pyro and torch may be imported.
+        trust: Whether any code may be imported, and anything be named; else only modules of torch and Pyro, optimizers
+            of torch and public classes of pyrogen's parts.
 
     Raises:
         ValueError: If it may not be imported or is not there.
     """
-    file, colon, name = path.rpartition(":")
-    if not trust and (colon or path.split(".")[0] not in TRUSTED):
+    if not isinstance(path, str):
+        raise ValueError(f"expected an import path such as 'pyrogen.distributions.Normal', got {path!r}")
+    if not trust and not _is_under(path, TRUSTED):
         raise ValueError(
             f"'{path}' is code outside {', '.join(TRUSTED)}, which is not run unless you say so; read it, then pass "
             "trust=True (--trust on the command line)"
         )
-    if colon:
-        module: ModuleType = _import_file(file)
-    else:
-        package, _, name = path.rpartition(".")
-        try:
-            module = importlib.import_module(package)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"can't import '{path}': {error}") from error
+    file, colon, name = path.rpartition(":")
+    package, _, name = (file, "", name) if colon else path.rpartition(".")
+    try:
+        module = _import_file(file) if colon else importlib.import_module(package)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"can't import '{path}': {error}") from error
     value = getattr(module, name, None)
     if value is None:
-        raise ValueError(f"there is no '{name}' in {module.__file__}")
-    if not trust and not (path.startswith("pyrogen.") or (isinstance(value, type) and issubclass(value, nn.Module))):
-        raise ValueError(f"'{path}' is no module of torch or Pyro; pass trust=True (--trust) to use it all the same")
+        raise ValueError(f"there is no '{name}' in {package}")
+    if not trust and not _is_harmless(value):
+        raise ValueError(
+            f"'{path}' is neither a module of torch or Pyro, nor an optimizer of torch, nor a public class of "
+            "pyrogen's; read the file it stands in, then pass trust=True (--trust on the command line)"
+        )
     return value
+
+
+def _is_under(path: str, packages: tuple[str, ...]) -> bool:
+    """Whether a dotted path of public names lies in one of the packages."""
+    parts = path.split(".")
+    return all(part.isidentifier() and not part.startswith("_") for part in parts) and any(
+        path.startswith(package + ".") for package in packages
+    )
+
+
+def _is_harmless(value: Any) -> bool:
+    """Whether a class may be built with arguments of unknown origin; it must come from a trusted package itself."""
+    if not isinstance(value, type) or not f"{value.__module__}.".startswith(tuple(f"{name}." for name in TRUSTED)):
+        return False
+    if value.__module__.startswith("pyrogen."):
+        return value.__name__ in getattr(sys.modules[value.__module__], "__all__", ())
+    return issubclass(value, (nn.Module, torch.optim.Optimizer))
 
 
 def _import_file(file: str) -> ModuleType:
@@ -155,7 +250,7 @@ def build(description: Any, *, trust: bool = False, _made: dict[int, Any] | None
 
     Args:
         description: What :func:`describe` returned.
-        trust: Whether classes outside pyrogen, Pyro and torch may be imported.
+        trust: Whether anything it names may be imported and called, see :func:`import_object`.
 
     Raises:
         ValueError: If a class is not trusted, not there, or does not take the arguments.
@@ -165,28 +260,39 @@ def build(description: Any, *, trust: bool = False, _made: dict[int, Any] | None
         StandardNormal(2)
     """
     made = {} if _made is None else _made
-    if isinstance(description, list):
-        return tuple(build(item, trust=trust, _made=made) for item in description)
-    if not isinstance(description, Mapping):
+    if not isinstance(description, (list, Mapping)):
         return description
     if id(description) not in made:
-        made[id(description)] = _build_mapping(description, trust, made)
+        made[id(description)] = _UNDER_WAY
+        made[id(description)] = _build_new(description, trust, made)
+    if made[id(description)] is _UNDER_WAY:
+        raise ValueError("a description refers to itself, so nothing can be built from it")
     return made[id(description)]
 
 
-def _build_mapping(description: Mapping[str, Any], trust: bool, made: dict[int, Any]) -> Any:
+_UNDER_WAY = object()
+
+
+def _build_new(description: list[Any] | Mapping[str, Any], trust: bool, made: dict[int, Any]) -> Any:
     def inner(value: Any) -> Any:
         return build(value, trust=trust, _made=made)
 
-    if "reference" in description:
-        return import_object(description["reference"], trust=trust)
-    arguments = {key: inner(value) for key, value in description.get("init_args", {}).items()}
-    if "partial" in description:
-        return functools.partial(import_object(description["partial"], trust=trust), **arguments)
-    if "class_path" not in description:
+    if isinstance(description, list):
+        return tuple(map(inner, description))
+    kind = next((key for key in _KEYS if key in description), None)
+    if kind is None:
         return {key: inner(value) for key, value in description.items()}
-    path = description["class_path"]
+    path = description[kind]
+    positional, named = description.get("args", []), description.get("init_args", {})
+    if not isinstance(positional, list) or not isinstance(named, Mapping):
+        raise ValueError(f"expected a list of args and a mapping of init_args for {path}")
+    target = import_object(path, trust=trust)
+    if kind == "reference":
+        return target
+    arguments, keywords = [*map(inner, positional)], {str(key): inner(value) for key, value in named.items()}
     try:
-        return import_object(path, trust=trust)(*map(inner, description.get("args", [])), **arguments)
-    except TypeError as error:
-        raise ValueError(f"can't build {path} from {arguments}: {error}") from error
+        if kind == "partial":
+            return functools.partial(target, *arguments, **keywords)
+        return target(*arguments, **keywords)
+    except Exception as error:  # whatever a constructor makes of a damaged file
+        raise ValueError(f"can't build {path} from {arguments or ''}{keywords}: {error}") from error

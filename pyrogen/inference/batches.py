@@ -1,5 +1,6 @@
 """Whatever holds data, as shuffled minibatches on a device."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from pyrogen.data import Data, as_float
 
@@ -19,19 +20,21 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class Batches:
-    """Training rows that come as minibatches in an order of their own for each epoch.
+    """Rows that come as minibatches in an order of their own for each epoch.
 
     Attributes:
         rows: Tensors of N rows each, or a map-style data set.
         source: Where they come from; a :class:`~pyrogen.data.Data` prepares its own batches.
         batch_size: Rows of a minibatch; the last one of an epoch may be smaller.
         seed: The order of epoch e follows from seed and e alone, so that a run can go on anywhere.
+        dtype: What floats become, or None to leave them as they are.
     """
 
     rows: tuple[Tensor, ...] | Dataset
     source: Any
     batch_size: int
     seed: int
+    dtype: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.rows[0]) if isinstance(self.rows, tuple) else len(self.rows)  # type: ignore[arg-type]
@@ -43,51 +46,68 @@ class Batches:
 
     def order(self, epoch: int) -> Tensor:
         """The order of the rows in one epoch."""
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        seed = (self.seed * 1_000_003 + epoch) % 2**63
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
-    def to(self, device: torch.device) -> "Batches":
-        """The same with its tensors on a device."""
-        if not isinstance(self.rows, tuple):
-            return self
-        return Batches(tuple(x.to(device) for x in self.rows), self.source, self.batch_size, self.seed)
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Batches":
+        """The same with its tensors on a device, and batches whose floats have a type."""
+        rows = self.rows
+        if isinstance(rows, tuple):
+            rows = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in rows)
+        return dataclasses.replace(self, rows=rows, dtype=dtype)
 
     def epoch(self, epoch: int, device: torch.device, skip: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The minibatches of one epoch as a program sees them, without the first ``skip``."""
-        order = self.order(epoch)[skip * self.batch_size :]
-        if not isinstance(self.rows, tuple):
-            loader = DataLoader(self.rows, batch_size=self.batch_size, sampler=order.tolist())
-            for batch in loader:
-                batch = (batch,) if isinstance(batch, Tensor) else tuple(batch)
-                yield self.prepare(tuple(x.to(device) for x in batch))
+        return self._batches(self.order(epoch)[skip * self.batch_size :], self.batch_size, device)
+
+    def in_order(self, device: torch.device, size: int = _CHUNK) -> Iterator[tuple[Tensor, ...]]:
+        """All rows once as they are stored, in batches of at most ``size``."""
+        return self._batches(torch.arange(len(self)), size, device)
+
+    def first(self, rows: int = 2) -> tuple[Tensor, ...]:
+        """The first rows as a batch on the CPU, without drawing from the global random state."""
+        with torch.random.fork_rng(devices=[]):
+            return next(self._batches(torch.arange(len(self))[:rows], rows, torch.device("cpu")))
+
+    def _batches(self, order: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+        if isinstance(self.rows, tuple):
+            order = order.to(self.rows[0].device)
+            for index in order.split(size):
+                yield self.prepare(tuple(x[index].to(device) for x in self.rows))
             return
-        order = order.to(self.rows[0].device)
-        for index in order.split(self.batch_size):
-            yield self.prepare(tuple(x[index].to(device) for x in self.rows))
+        # A generator of its own, for a loader draws a seed from the global one.
+        loader = DataLoader(self.rows, size, sampler=order.tolist(), collate_fn=_collated, generator=torch.Generator())
+        for batch in loader:
+            yield self.prepare(tuple(x.to(device) for x in batch))
 
     def prepare(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Stored rows as a program sees them; dynamic binarisation draws anew."""
-        if isinstance(self.source, Data):
-            return (self.source.prepare(batch[0]), *batch[1:])
-        return as_batch(batch)
+        prepared = (self.source.prepare(batch[0]), *batch[1:]) if isinstance(self.source, Data) else as_batch(batch)
+        if self.dtype is None:
+            return prepared
+        return tuple(x.to(self.dtype) if x.is_floating_point() else x for x in prepared)
 
-    def first(self, rows: int = 2) -> tuple[Tensor, ...]:
-        """The first rows as a batch, without drawing from the global random state."""
-        with torch.random.fork_rng(devices=[]):
-            if isinstance(self.rows, tuple):
-                return self.prepare(tuple(x[:rows].cpu() for x in self.rows))
-            return next(self.epoch(0, torch.device("cpu")))
+
+def _collated(items: list[Any]) -> tuple[Tensor, ...]:
+    batch = default_collate(items)
+    parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else ()
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(
+            "expected a Dataset whose items are tensors or tuples of tensors and numbers, got "
+            f"{type(items[0]).__name__}; wrap it in one that gives such items"
+        )
+    return parts
 
 
 def as_batch(data: Tensor | Sequence[Tensor], device: torch.device | None = None) -> tuple[Tensor, ...]:
     """A tensor or tensors as a program's arguments: the first as floats, integers among the others as they are."""
-    batch = (data,) if isinstance(data, Tensor) else tuple(data)
-    first, *others = batch
+    first, *others = (data,) if isinstance(data, Tensor) else tuple(data)
     others = [x if x.dtype in (torch.int64, torch.int32) else as_float(x) for x in others]
     return tuple(x.to(device) for x in (as_float(first), *others))
 
 
-def training_and_validation(data: Any, batch_size: int, seed: int) -> tuple[Batches, tuple[Tensor, ...] | None]:
-    """Minibatches for training, and a batch for validation where the data have one.
+def training_and_validation(data: Any, batch_size: int, seed: int) -> tuple[Batches, Batches | None]:
+    """Minibatches for training, and for validation where the data have rows for it.
 
     Raises:
         TypeError: If the data are of no known kind.
@@ -96,9 +116,12 @@ def training_and_validation(data: Any, batch_size: int, seed: int) -> tuple[Batc
     validation = None
     rows: tuple[Tensor, ...] | Dataset
     if isinstance(data, Data):
-        rows, validation = (data.train,), as_batch(data.validation)
+        rows, validation = (data.train,), Batches((data.validation,), None, batch_size, seed)
+        check_data((data.validation,))
     elif isinstance(data, Tensor):
         rows = (data,)
+    elif isinstance(data, TensorDataset):
+        rows = data.tensors
     elif isinstance(data, (tuple, list)) and data and all(isinstance(x, Tensor) for x in data):
         rows = tuple(data)
     elif isinstance(data, Dataset) and hasattr(data, "__len__"):
@@ -109,25 +132,43 @@ def training_and_validation(data: Any, batch_size: int, seed: int) -> tuple[Batc
             f"pyrogen.data.load returns, got {type(data).__name__}"
         )
     check_data(rows)
+    if isinstance(data, Data) and data.binarize == "dynamic":
+        _check_probabilities(data.train)
     return Batches(rows, data, batch_size, seed), validation
 
 
 def check_data(rows: tuple[Tensor, ...] | Dataset) -> None:
     """Raise a ``ValueError`` for empty, unequal or non-finite data."""
+    if isinstance(rows, tuple) and any(x.dim() == 0 for x in rows):
+        raise ValueError("expected data of shape (N, *event_shape), got a single number; use x.reshape(1)")
     lengths = {len(x) for x in rows} if isinstance(rows, tuple) else {len(rows)}  # type: ignore[arg-type]
     if len(lengths) > 1:
         raise ValueError(f"the tensors of the data have different lengths {sorted(lengths)}; they must share one")
-    if lengths == {0}:
-        raise ValueError("the data are empty; expected at least one row")
+    if lengths == {0} or (isinstance(rows, tuple) and not rows[0].numel()):
+        raise ValueError("the data are empty; expected at least one row, and one value in it")
     if not isinstance(rows, tuple):
         return
     for position, x in enumerate(rows):
         if x.is_floating_point():
             for start, chunk in enumerate(x.split(_CHUNK)):
-                finite = torch.isfinite(chunk).flatten(1).all(1) if chunk.dim() > 1 else torch.isfinite(chunk)
-                if not finite.all():
-                    row = start * _CHUNK + int((~finite).nonzero()[0])
-                    raise ValueError(
-                        f"the data hold NaN or infinity, first in row {row} of tensor {position}; remove or impute "
-                        "such rows before training"
-                    )
+                check_finite(chunk, position, start * _CHUNK)
+
+
+def check_finite(x: Tensor, position: int, start: int) -> None:
+    """Raise a ``ValueError`` that names the first row with NaN or infinity, counted from ``start``."""
+    finite = torch.isfinite(x).reshape(len(x), -1).all(1)
+    if not finite.all():
+        row = start + int((~finite).nonzero()[0])
+        raise ValueError(
+            f"the data hold NaN or infinity, first in row {row} of tensor {position}; remove or impute "
+            "such rows before training"
+        )
+
+
+def _check_probabilities(rows: Tensor) -> None:
+    low, high = (float(x) for x in (rows.min(), rows.max()))
+    if rows.is_floating_point() and not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"expected pixels in [0, 1] to draw binary images from, got values from {low:.4g} to {high:.4g}; scale "
+            "them, or use data that are not binarised"
+        )

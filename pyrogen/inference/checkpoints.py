@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["atomically", "load_weights", "read_tensors", "unique_tensors", "write_tensors"]
+__all__ = [
+    "atomically",
+    "load_optimizer",
+    "load_weights",
+    "optimizer_state",
+    "random_state",
+    "read_tensors",
+    "seeded",
+    "set_random_state",
+    "unique_tensors",
+    "write_tensors",
+]
 
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and is gone when it doesn't."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -51,7 +61,7 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[s
             values = json.loads((file.metadata() or {})["values"])
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}") from error
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{path} is truncated or no file of pyrogen's ({error}); restore it from a copy, or train anew with "
             "overwrite"
@@ -64,7 +74,7 @@ def unique_tensors(module: nn.Module) -> dict[str, Tensor]:
     unique: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             unique[name] = tensor
     return unique
@@ -92,3 +102,73 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors, and its plain values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    groups = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in state["param_groups"]]
+    return tensors, {"numbers": numbers, "groups": groups}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Give an optimizer the state that :func:`optimizer_state` took.
+
+    Raises:
+        ValueError: If it has other parameters.
+    """
+    groups, saved = optimizer.state_dict()["param_groups"], values["groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved]:
+        raise ValueError("the checkpoint belongs to a training of other parameters; resume it with the same programs")
+    for group, old in zip(groups, saved, strict=True):
+        # JSON knows no tuples.
+        group |= {name: tuple(v) if isinstance(group.get(name), tuple) else v for name, v in old.items()}
+    entries: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in values["numbers"].items()}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        entries.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the random numbers of the CPU, and of the device where it is another."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what :func:`random_state` took; a state of another kind of device is left aside."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from a seed, or with None from where they are; the caller's state is given back."""
+    state = random_state(device)
+    try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            elif device.type == "mps":
+                torch.mps.manual_seed(seed)
+        yield
+    finally:
+        set_random_state(state, device)

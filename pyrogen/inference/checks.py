@@ -1,17 +1,19 @@
 """What is checked once before any training starts: that model, guide and data fit each other."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrogen.inference.batches import Batches
+from pyrogen.inference.batches import Batches, check_finite
 from pyrogen.inference.programs import (
     Site,
+    _modules_referred_to,
     bare,
     data_frame,
     latent_sites,
@@ -20,9 +22,23 @@ from pyrogen.inference.programs import (
     sample_sites,
 )
 
-__all__ = ["check_programs", "check_values"]
+__all__ = ["check_programs", "check_values", "first_parameter", "modules_of"]
 
 _CHUNK = 4096
+_DRAWS = 100
+
+
+def modules_of(program: Callable | None) -> list[nn.Module]:
+    """The module that a program is, or those that a plain function refers to."""
+    if program is None:
+        return []
+    return [program] if isinstance(program, nn.Module) else [*_modules_referred_to(program).values()]
+
+
+def first_parameter(*programs: Callable | None) -> Tensor | None:
+    """The first floating parameter of programs, which says where they are and in which precision."""
+    modules = [module for program in programs for module in modules_of(program)]
+    return next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
 
 
 def check_programs(model: Callable, guide: Callable | None, *batch: Tensor) -> None:
@@ -36,8 +52,13 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor) -> N
     _check_data_plate(model_trace, len(batch[0]))
     latents = latent_sites(model_trace)
     if guide is None:
+        if latents:
+            raise ValueError(
+                f"the model has the latent sites {[*latents]} but there is no guide for them; pass one, such as "
+                "AmortizedGuide(model, encoder)"
+            )
         return
-    drawn = {
+    drawn: dict[str, Any] = {
         name: node
         for name, node in sample_sites(prototype(guide, *batch)).items()
         if not node["is_observed"] and not node["infer"].get("is_auxiliary")
@@ -54,7 +75,7 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor) -> N
 
 
 def _check_data_plate(trace: poutine.Trace, rows: int) -> None:
-    frames = {data_frame(node) for node in sample_sites(trace).values()} - {None}
+    frames = [frame for node in sample_sites(trace).values() if (frame := data_frame(node)) is not None]
     if not frames:
         raise ValueError(
             'the model has no plate named "data": per-observation sites must stand in '
@@ -72,7 +93,7 @@ def _check_data_plate(trace: poutine.Trace, rows: int) -> None:
         )
 
 
-def _check_site(site: Site, model_node: dict[str, Any], guide_node: dict[str, Any]) -> None:
+def _check_site(site: Site, model_node: Any, guide_node: Any) -> None:
     expected, came = tuple(model_node["value"].shape), tuple(guide_node["value"].shape)
     if expected != came:
         raise ValueError(
@@ -85,14 +106,24 @@ def _check_site(site: Site, model_node: dict[str, Any], guide_node: dict[str, An
             f"site '{site.name}' stands inside the plate \"data\" in the {inside} but outside it in the {outside}; "
             "put it in the same plates in both"
         )
-    support = guide_node["fn"].support
-    point_mass = isinstance(guide_node["fn"], pyro.distributions.Delta)
-    fits = site.support.check(guide_node["value"]).all() if point_mass else _same_support(site.support, support)
-    if not fits:
+    if not _fits_support(site.support, guide_node):
         raise ValueError(
-            f"site '{site.name}' has support {site.support} in the model but {support} in the guide; transform the "
-            "guide's distribution, e.g. with torch.distributions.biject_to(support), as AmortizedGuide does"
+            f"site '{site.name}' has support {site.support} in the model but {guide_node['fn'].support} in the guide; "
+            "transform the guide's distribution, e.g. with torch.distributions.biject_to(support), as AmortizedGuide "
+            "does"
         )
+
+
+def _fits_support(support: constraints.Constraint, node: Any) -> bool:
+    fn = node["fn"]
+    if _same_support(support, fn.support):
+        return True
+    # A point mass says that it is anywhere, and an affine map that its image is the line: their draws tell.
+    if not isinstance(fn, (dist.Delta, dist.TransformedDistribution)):
+        return False
+    devices = [node["value"].device] if node["value"].is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        return bool(support.check(fn.sample(torch.Size([_DRAWS]))).all())
 
 
 def _same_support(first: constraints.Constraint, second: constraints.Constraint) -> bool:
@@ -102,45 +133,57 @@ def _same_support(first: constraints.Constraint, second: constraints.Constraint)
         type(c).__name__.replace("GreaterThanEq", "GreaterThan").replace("HalfOpenInterval", "Interval")
         for c in (first, second)
     ]
-    bounds = [
-        [torch.as_tensor(getattr(c, bound)) for bound in ("lower_bound", "upper_bound") if hasattr(c, bound)]
-        for c in (first, second)
-    ]
-    return names[0] == names[1] and all(bool((a == b).all()) for a, b in zip(*bounds, strict=True))
+    return names[0] == names[1] and all(
+        bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+        for a, b in zip(_bounds(first), _bounds(second), strict=True)
+    )
+
+
+def _bounds(support: constraints.Constraint) -> list[Any]:
+    return [getattr(support, bound) for bound in ("lower_bound", "upper_bound") if hasattr(support, bound)]
 
 
 def check_values(model: Callable, batches: Batches) -> None:
     """See that the data have the event shape and the values that the model's observed sites expect.
 
+    All rows are read once. A support that follows from other draws, as that of Uniform(0, z), is not checked.
+
     Raises:
         ValueError: Naming the site, what it expects and what the data hold.
     """
-    batch = batches.first()
-    try:
-        trace = prototype(model, *batch, observed=False)
-    except Exception:  # a model that needs its observations: its own errors speak when it runs with them
-        return
-    for name, node in observed_sites(trace).items():
-        observed = node["infer"]["obs"]
-        expected, came = tuple(node["value"].shape), tuple(observed.shape)
+    home = first_parameter(model)
+    if home is None:
+        home = batches.rows[0] if isinstance(batches.rows, tuple) else torch.zeros(())
+    device = home.device
+    if batches.dtype is None and home.is_floating_point():
+        batches = dataclasses.replace(batches, dtype=home.dtype)
+    batch = tuple(x.to(device) for x in batches.first())
+    sites = observed_sites(prototype(model, *batch))
+    for name, node in sites.items():
+        expected, came = tuple(node["fn"].shape()), tuple(node["value"].shape)
         if expected != came:
             raise ValueError(
                 f"the data give the observed site '{name}' the shape {came} for {len(batch[0])} rows, but the model "
                 f"draws {expected}; build the model for event shape {came[1:]}, or reshape the data"
             )
-        position = next((i for i, x in enumerate(batch) if x is observed), None)
-        if position is None or not isinstance(batches.rows, tuple):
-            _check_support(name, node["fn"].support, observed)
-            continue
-        for start in range(0, len(batches), _CHUNK):
-            with torch.random.fork_rng(devices=[]):
-                rows = batches.prepare(tuple(x[start : start + _CHUNK].cpu() for x in batches.rows))
-            _check_support(name, node["fn"].support, rows[position])
+    positions = {name: next((i for i, x in enumerate(batch) if x is node["value"]), -1) for name, node in sites.items()}
+    as_given = all(position >= 0 for position in positions.values())
+    with torch.random.fork_rng(devices=[]):
+        for count, part in enumerate(batches.in_order(device, _CHUNK)):
+            if not isinstance(batches.rows, tuple):
+                for position, x in enumerate(part):
+                    check_finite(x, position, count * _CHUNK)
+            # What the model makes of the data before it observes them is seen only by running it.
+            nodes = sites if as_given else observed_sites(prototype(model, *part))
+            for name, node in nodes.items():
+                value = part[positions[name]] if as_given else node["value"]
+                _check_support(name, sites[name]["fn"].support, value)
 
 
-def _check_support(name: str, support: constraints.Constraint, x: Tensor) -> None:
-    inside = support.check(x)
-    if not inside.all():
+def _check_support(name: str, support: constraints.Constraint, x: Any) -> None:
+    if any(isinstance(bound, Tensor) for bound in _bounds(bare(support))):
+        return
+    if not support.check(x).all():
         low, high = float(x.min()), float(x.max())
         raise ValueError(
             f"the data lie outside the support of the observed site '{name}': expected {support}, got values from "

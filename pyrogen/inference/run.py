@@ -1,11 +1,14 @@
 """A run: what a fit leaves behind, on disk as safetensors and YAML."""
 
 import dataclasses
+import math
+import os
 import platform
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +61,22 @@ class FitOptions:
             raise ValueError(f"give either epochs or steps, got epochs={self.epochs}, steps={self.steps}")
         for name in ("epochs", "steps", "batch_size", "validate_every", "patience", "checkpoint_every"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        for name in ("device", "precision"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise ValueError(
+                "optimizer is a callable such as torch.optim.AdamW or functools.partial(torch.optim.SGD, "
+                f"momentum=0.9), got {self.optimizer!r}"
+            )
         if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(
                 f"schedule is 'constant', 'linear', 'cosine' or a callable from the share of training done to a "
@@ -116,38 +129,47 @@ class Run:
 
 
 def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) -> Path:
-    """See that an output folder may be written; nothing in it changes unless ``overwrite`` clears an earlier run.
+    """See that an output folder may be written; nothing in it changes until ``overwrite`` clears an earlier run.
 
     Raises:
-        OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, or if
-            ``overwrite`` would delete something that no run left there.
+        OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, or if what it
+            holds was left by no run.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; give the path of a folder")
-    if resume or not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return folder
-    if not overwrite:
+    if not (overwrite or resume):
         raise OutputExistsError(
             f"the folder {folder} exists and is not empty; give another, resume the run in it (resume=True, "
             "--resume), or replace it (overwrite=True, --overwrite)"
         )
-    if not any((folder / name).exists() for name in (SETTINGS, "compare.yaml")):
-        raise OutputExistsError(f"{folder} holds no run of pyrogen's, so it is not overwritten; empty it yourself")
+    if not any((folder / name).is_file() for name in (SETTINGS, "compare.yaml")):
+        raise OutputExistsError(
+            f"{folder} holds no run of pyrogen's, so nothing in it is resumed or overwritten; empty it yourself, or "
+            "give another folder"
+        )
     return folder
 
 
 def clear_folder(folder: Path) -> None:
     """Delete an earlier run, once :func:`prepare_folder` has allowed it and all else was checked."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    if not folder.exists():
+        return
+    # The file by which a run is known goes last: a clearing cut short can be begun again.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in (SETTINGS, "compare.yaml")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def settings_of(run: Run) -> dict[str, Any]:
     """Everything needed to build the run's objects again, as plain values."""
     settings: dict[str, Any] = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("pyrogen", "pyro-ppl", "torch")}
+        "versions": {name: _version(name) for name in ("pyrogen", "pyro-ppl", "torch")}
         | {"python": platform.python_version()},
         "data": run.data,
         "example": run.example,
@@ -156,19 +178,23 @@ def settings_of(run: Run) -> dict[str, Any]:
     seen: dict[int, tuple[Any, Any]] = {}
     for name in ("model", "guide", "objective"):
         program = getattr(run, name)
-        try:
-            settings[name] = describe(program.function if isinstance(program, Program) else program, seen)
-        except ValueError as error:
-            settings[name] = {"not_described": str(error)}
-    settings["options"] = {f.name: _plain(getattr(run.options, f.name)) for f in dataclasses.fields(run.options)}
+        settings[name] = _described(program.function if isinstance(program, Program) else program, seen)
+    settings["options"] = {f.name: _described(getattr(run.options, f.name)) for f in dataclasses.fields(run.options)}
     return settings
 
 
-def _plain(value: Any) -> Any:
+def _version(package: str) -> str:
     try:
-        return describe(value)
-    except ValueError:
-        return repr(value)
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _described(value: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> Any:
+    try:
+        return describe(value, seen)
+    except ValueError as error:
+        return {"not_described": str(error)}
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
@@ -181,7 +207,8 @@ def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a run: ``weights.safetensors``, ``run.yaml`` and ``history.csv``.
 
     Nothing is pickled. Objects whose constructor's arguments can't be read back from their attributes are noted in
-    ``run.yaml``; :func:`load` then asks for them.
+    ``run.yaml``; :func:`load` then asks for them. An option that can't be written, such as a lambda for a schedule, is
+    noted too, and comes back as its default.
 
     Args:
         run: The run.
@@ -189,12 +216,16 @@ def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
         overwrite: Whether a run already there is replaced.
 
     Raises:
-        OutputExistsError: If the folder holds something and ``overwrite`` is not set.
+        OutputExistsError: If the folder holds something and ``overwrite`` is not set, or something that is no run.
     """
     folder = prepare_folder(folder, overwrite=overwrite)
-    if overwrite:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        # Written as a whole before the old run goes.
+        write_run(run, Path(temporary))
         clear_folder(folder)
-    write_run(run, folder)
+        for path in Path(temporary).iterdir():
+            os.replace(path, folder / path.name)
     return folder
 
 
@@ -230,31 +261,57 @@ def load(
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    given = {"model": model, "guide": guide, "objective": objective}
-    parts = {name: settings.get(name) if program is None else None for name, program in given.items()}
-    for name, part in parts.items():
-        if isinstance(part, dict) and "not_described" in part:
-            raise ValueError(
-                f"the {name} of {folder} could not be written as YAML ({part['not_described']}); build it as it was "
-                f"and pass {name}= to load"
-            )
-    built = build(parts, trust=trust)
-    example = make_example(settings["example"])
-    made = {name: built[name] if program is None else program for name, program in given.items()}
-    run = Run(
-        model=as_module(made["model"], *example),
-        guide=None if made["guide"] is None else as_module(made["guide"], *example),
-        objective=made["objective"],
-        history=_read_history(folder),
-        options=FitOptions(**build(settings["options"], trust=trust)),
-        data=settings["data"],
-        example=settings["example"],
-        seconds=settings["seconds"],
-    )
     tensors, _ = read_tensors(folder / WEIGHTS)
+    history = _read_history(folder)
+    model, guide, objective = _build_parts(
+        settings, {"model": model, "guide": guide, "objective": objective}, folder, trust
+    )
+    try:
+        options = {k: v for k, v in settings["options"].items() if not _is_not_described(v)}
+        example = make_example(settings["example"])
+        run = Run(
+            model=as_module(model, *example),
+            guide=None if guide is None else as_module(guide, *example),
+            objective=objective,
+            history=history,
+            options=FitOptions(**build(options, trust=trust)),
+            data=settings["data"],
+            example=settings["example"],
+            seconds=settings["seconds"],
+        )
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / SETTINGS} does not fit the programs built from it ({error}); restore it from a copy, or pass "
+            "model= and guide=, built as they were"
+        ) from error
+    precisions = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(precisions) == 1:
+        run.programs.to(precisions.pop())
     load_weights(run.programs, tensors, str(folder / WEIGHTS))
     run.programs.eval()
     return run
+
+
+def _build_parts(settings: dict[str, Any], given: dict[str, Any], folder: Path, trust: bool) -> tuple[Any, Any, Any]:
+    """Model, guide and objective, each as it is given or else as it is described."""
+    for name, part in given.items():
+        if part is None and _is_not_described(settings[name]):
+            raise ValueError(
+                f"the {name} of {folder} could not be written as YAML ({settings[name]['not_described']}); build it as "
+                f"it was and pass {name}= to load"
+            )
+    # Where a guide's description refers to the model, it gets the model that was given.
+    made = {id(settings[name]): part for name, part in given.items() if part is not None}
+    described = {name: settings[name] for name in given if given[name] is None}
+    parts = given | build(described, trust=trust, _made=made)
+    model, guide, objective = parts["model"], parts["guide"], parts["objective"]
+    if not callable(model) or not (guide is None or callable(guide)) or not isinstance(objective, Objective):
+        raise ValueError(f"{folder / SETTINGS} is damaged: expected model and guide to be programs, and an objective")
+    return model, guide, objective
+
+
+def _is_not_described(value: Any) -> bool:
+    return isinstance(value, Mapping) and "not_described" in value
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -264,18 +321,29 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no run: there is no {SETTINGS}; give the folder that a fit wrote")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        complete = settings["format"] == FORMAT and {"model", "options", "example"} <= settings.keys()
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
-    if not complete:
-        raise ValueError(f"{path} has another format than this version of pyrogen reads (format {FORMAT})")
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise ValueError(f"{path} is damaged, or of another format than this version of pyrogen reads ({FORMAT})")
+    lacking = {"model", "guide", "objective", "options", "example", "data", "seconds"} - settings.keys()
+    if lacking or not isinstance(settings["options"], dict):
+        raise ValueError(f"{path} is damaged: it lacks {sorted(lacking) or 'options'}; restore it from a copy")
     return settings
 
 
 def _read_history(folder: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(folder / HISTORY)
+        text = pd.read_csv(folder / HISTORY, dtype=str, keep_default_na=False)
+        # Python's own float reads exactly what was written; pandas' default, in older versions, nearly.
+        return pd.DataFrame(
+            {
+                name: [int(x) if name in ("epoch", "step") else float(x or "nan") for x in column]
+                for name, column in text.items()
+            }
+        )
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {HISTORY}; the run is not whole") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / HISTORY} is damaged ({error}); restore it from a copy") from error

@@ -1,10 +1,11 @@
 """Training: one step, one loop, and checkpoints from which it goes on bit for bit."""
 
 import copy
+import dataclasses
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ import pandas as pd
 import pyro
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import TensorBoardLogger
+from lightning_fabric.loggers import Logger, TensorBoardLogger
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,17 +29,39 @@ from torch.utils.data import Dataset
 
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
-from pyrogen.inference.checkpoints import load_weights, read_tensors, unique_tensors, write_tensors
-from pyrogen.inference.checks import check_programs, check_values
+from pyrogen.inference.checkpoints import (
+    load_optimizer,
+    load_weights,
+    optimizer_state,
+    random_state,
+    read_tensors,
+    seeded,
+    set_random_state,
+    unique_tensors,
+    write_tensors,
+)
+from pyrogen.inference.checks import check_programs, check_values, first_parameter, modules_of
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.programs import as_module, describe_example
-from pyrogen.inference.run import FitOptions, Run, clear_folder, prepare_folder, write_run
+from pyrogen.inference.run import (
+    SETTINGS,
+    FitOptions,
+    Run,
+    clear_folder,
+    prepare_folder,
+    settings_of,
+    write_run,
+    write_yaml,
+)
 
 __all__ = ["NonFiniteLoss", "fit", "progress_bar"]
 
 CHECKPOINT = "checkpoint.safetensors"
+MAY_CHANGE = ("epochs", "steps", "patience", "device", "checkpoint_every")
+"""Options that another part of the same run may have."""
+
 _VALIDATION_ROWS = 1000
-"""Rows of a validation batch."""
+"""Rows of a validation batch, copies counted."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -88,13 +113,16 @@ def fit(
         precision: As Lightning Fabric names it: ``"32-true"``, ``"bf16-mixed"``, ``"64-true"``, ...
         validate_every: Epochs between evaluations of the bound on the validation data.
         patience: Stop when the validation bound has not risen for so many evaluations, and keep the best weights.
-        callbacks: Each is called with the run as it stands after every epoch; one that returns ``True`` stops it.
+        callbacks: Each is called with the run as it stands after every epoch; one that returns ``True`` stops it. What
+            they draw leaves the training as it is.
         progress: Show a progress bar with the time left.
         out: A folder for the run, its checkpoints and its logs (TensorBoard and ``history.csv``).
         checkpoint_every: Epochs between checkpoints.
         resume: Go on from the checkpoint in ``out`` where there is one; on the same machine the result is bit for bit
-            that of a training never interrupted.
-        overwrite: Replace a run that is in ``out``.
+            that of a training never interrupted. All arguments must be as they were, except how long: larger ``epochs``
+            or ``steps`` go on with a finished run. A schedule then runs over the new length, from the share of it that
+            is done; a learning rate that had fallen rises again.
+        overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
 
     Returns:
         The run: ``.model``, ``.guide``, ``.objective``, ``.history``, ...
@@ -135,31 +163,50 @@ def fit(
             "losses train with pyro.infer.SVI"
         )
     batches, validation = training_and_validation(data, batch_size, seed)
-    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data; pass what pyrogen.data.load returns, or leave patience out")
-    example = batches.first()
-    check_values(model, batches)
+    if resume and out is None:
+        raise ValueError("resume needs out=, the folder of the run that shall go on")
+    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
+    fabric = _fabric(options, folder)
+    example = _example(model, guide, batches)
+    for part in (batches, validation):
+        if part is not None:
+            check_values(model, part)
     check_programs(model, guide, *example)
-    if folder is not None and overwrite and not resume:
-        clear_folder(folder)
-    run = Run(
-        model=as_module(model, *example),
-        guide=None if guide is None else as_module(guide, *example),
-        objective=copy.copy(objective),
-        history=pd.DataFrame(),
-        options=options,
-        data=data.source or None if isinstance(data, Data) else None,
-        example=describe_example(tuple(x[:2] for x in example)),
-    )
-    run.objective.step = 0
-    if objective.observations is None:
-        run.objective.observations = len(batches)
-    with _quiet(seed, progress) as bar:
-        _Training(run, batches, validation, folder, tuple(callbacks), bar).go(resume)
-    if folder is not None:
-        write_run(run, folder)
+    with seeded(seed, fabric.device):
+        run = Run(
+            model=as_module(model, *example),
+            guide=None if guide is None else as_module(guide, *example),
+            objective=copy.copy(objective),
+            history=pd.DataFrame(),
+            options=options,
+            data=data.source or None if isinstance(data, Data) else None,
+            example=describe_example(tuple(x[:2] for x in example)),
+        )
+        run.objective.step = 0
+        if objective.observations is None:
+            run.objective.observations = len(batches)
+        training = _Training(run, batches, validation, fabric, folder, tuple(callbacks))
+        if resume and folder is not None and (folder / CHECKPOINT).exists():
+            training.read_checkpoint(folder / CHECKPOINT)
+        elif folder is not None and overwrite:
+            clear_folder(folder)
+        with pyro.validation_enabled(False):  # the checks are made, and cost time
+            training.go(progress)
     return run
+
+
+def _example(model: Callable, guide: Callable | None, batches: Batches) -> tuple[Tensor, ...]:
+    """A batch where the programs are and in their precision; they are brought to one place for that."""
+    home = first_parameter(model, guide)
+    if home is None:
+        return batches.first()
+    for program in (model, guide):
+        for module in modules_of(program):
+            module.to(home.device)
+    batches = dataclasses.replace(batches, dtype=home.dtype)
+    return tuple(x.to(home.device) for x in batches.first())
 
 
 class _Training:
@@ -169,43 +216,56 @@ class _Training:
         self,
         run: Run,
         batches: Batches,
-        validation: tuple[Tensor, ...] | None,
+        validation: Batches | None,
+        fabric: Fabric,
         folder: Path | None,
         callbacks: tuple[Callable[[Run], Any], ...],
-        bar: Progress | None,
     ) -> None:
         self.run = run
         self.folder = folder
         self.callbacks = callbacks
-        self.bar = bar
+        self.fabric = fabric
         options = run.options
-        self.fabric = _fabric(options, folder)
-        self.batches = batches.to(self.fabric.device)
-        self.validation = None if validation is None else tuple(x.to(self.fabric.device) for x in validation)
-        module = run.objective(run.model, run.guide)
-        self.optimizer = _optimizer(module, options, self.fabric.device)
+        self.programs = run.objective(run.model, _no_sites if run.guide is None else run.guide)
+        self.optimizer = _optimizer(self.programs, options, fabric.device)
         self.module: Any
-        self.module, self.stepper = self.fabric.setup(module, self.optimizer)
-        self.programs = module
-        self.total = options.steps or options.epochs * batches.per_epoch  # type: ignore[operator]
+        self.module, self.stepper = fabric.setup(self.programs, self.optimizer)
+        self.module.mark_forward_method("bound")
+        dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
+        self.batches = batches.to(fabric.device, dtype)
+        self.validation = None if validation is None else validation.to(fabric.device, dtype)
+        self.total = options.steps or (options.epochs or 0) * batches.per_epoch
         self.step = 0
-        self.stop = False
         self.best = -math.inf
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
 
-    def go(self, resume: bool) -> None:
-        if resume and self.folder is not None and (self.folder / CHECKPOINT).exists():
-            self._read_checkpoint(self.folder / CHECKPOINT)
-        task = None if self.bar is None else self.bar.add_task("fit", total=self.total, completed=self.step, loss="")
-        while self.step < self.total and not self.stop:
-            self._epoch(task)
-        if self.best_weights:
-            load_weights(self.run.programs, self.best_weights, "the best weights")
-        self.run.programs.eval()
+    @property
+    def out_of_patience(self) -> bool:
+        patience = self.run.options.patience
+        return patience is not None and self.since_best >= patience
 
-    def _epoch(self, task: Any) -> None:
-        """Train to the end of the epoch, then measure, log, write, and decide whether to go on."""
+    def go(self, progress: bool) -> None:
+        """Train from where training stands to its end, and leave the run as it shall be."""
+        stop = False
+        try:
+            if self.folder is not None:  # so that the folder is known as a run's from the start
+                write_yaml(self.folder / SETTINGS, settings_of(self.run))
+            with progress_bar(disable=not progress) as bar:
+                task = bar.add_task("fit", total=self.total, completed=self.step, loss="")
+                while self.step < self.total and not stop and not self.out_of_patience:
+                    stop = self._epoch(bar, task)
+            if self.best_weights:
+                load_weights(self.run.programs, self.best_weights, "the best weights")
+            if self.folder is not None:
+                write_run(self.run, self.folder)
+        finally:
+            self.programs.eval()
+            for logger in self.fabric.loggers:
+                logger.finalize("finished")
+
+    def _epoch(self, bar: Progress, task: TaskID) -> bool:
+        """Train to the end of the epoch, then measure, log and write; returns whether a callback wants to stop."""
         started = time.perf_counter()
         epoch, done = divmod(self.step, self.batches.per_epoch)
         sums: dict[str, Tensor] = {}
@@ -216,22 +276,21 @@ class _Training:
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
             rows, count = rows + len(batch[0]), count + 1
-            if self.bar is not None:
-                self.bar.update(task, completed=self.step, loss=f"loss {metrics['loss']:.2f}")
+            if not bar.disable:
+                bar.update(task, completed=self.step, loss=f"loss {metrics['loss']:.2f}")
             if self.step == self.total:
                 break
+        self._check_weights()
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
         row = {"epoch": epoch + 1, "step": self.step} | {name: float(v) / count for name, v in sums.items()}
-        validated = self.validation is not None and (
-            (epoch + 1) % self.run.options.validate_every == 0 or self.step == self.total
-        )
-        row["validation"] = self._validate() if validated else math.nan
+        row["validation"] = self._validate(epoch)
         row |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": self.run.seconds}
         row["rows_per_second"] = rows / seconds
-        self.run.history = pd.concat([self.run.history, pd.DataFrame([row])], ignore_index=True)
+        history, last = self.run.history, pd.DataFrame([row])
+        self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
         self.fabric.log_dict({name: value for name, value in row.items() if not math.isnan(value)}, step=self.step)
-        self._finish_epoch(epoch, validated)
+        return self._finish_epoch(epoch)
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """One step of the optimizer; returns the figures of its batch, without gradients."""
@@ -239,103 +298,155 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * _factor(options.schedule, self.step / self.total)
         loss = self.module(*batch)
-        estimate = self.programs.latest
+        estimate: Any = self.programs.latest
         if not math.isfinite(loss.item()):
-            raise NonFiniteLoss(self._explain(loss.item(), estimate.terms.origin_of_nan()))
+            raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", estimate.terms.origin_of_nan()))
         self.stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         if options.gradient_clip is not None:
-            self.fabric.clip_gradients(self.module, self.stepper, max_norm=options.gradient_clip)
+            self.fabric.clip_gradients(
+                self.module, self.stepper, max_norm=options.gradient_clip, error_if_nonfinite=False
+            )
         self.stepper.step()
         self.step += 1
         return {"loss": loss.detach()} | estimate.metrics
 
-    def _explain(self, loss: float, origin: str) -> str:
+    def _spoiled(self) -> list[str]:
+        """Names of the parameters that are not finite."""
+        return [name for name, p in self.run.programs.named_parameters() if not torch.isfinite(p).all()]
+
+    def _check_weights(self) -> None:
+        if spoiled := self._spoiled():
+            raise NonFiniteLoss(self._explain("the last step has spoiled weights", f"the gradient of {spoiled[0]}"))
+
+    def _explain(self, what: str, origin: str) -> str:
+        if spoiled := self._spoiled():
+            origin = f"{origin}, for the step before made {spoiled[0]} not finite"
+        where = "no checkpoint was written"
+        if self.folder is not None and (self.folder / CHECKPOINT).exists():
+            where = f"the last good checkpoint is {self.folder / CHECKPOINT}"
         epoch = self.step // self.batches.per_epoch + 1
-        kept = self.folder is not None and (self.folder / CHECKPOINT).exists()
-        where = f"the last good checkpoint is {self.folder / CHECKPOINT}" if kept else "no checkpoint was written"
         return (
-            f"the loss is {loss} at step {self.step + 1} (epoch {epoch}); it began at {origin}. Training stopped and "
+            f"{what} at step {self.step + 1} (epoch {epoch}); it began at {origin}. Training stopped and "
             f"{where}. Try a smaller learning_rate, or gradient_clip=1.0"
         )
 
-    def _validate(self) -> float:
-        """Mean bound on the validation data, from the same draws at every epoch."""
+    def _validate(self, epoch: int) -> float:
+        """Mean bound on the validation data from the same draws at every epoch, or NaN if it is not yet time."""
+        if self.validation is None or not self._validates(epoch):
+            return math.nan
         self.programs.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.run.options.seed)
-            total, parts = 0.0, zip(*(x.split(_VALIDATION_ROWS) for x in self.validation), strict=True)  # type: ignore[union-attr]
-            for batch in parts:
-                total += float(self.programs.bound(*batch).sum())
-        return total / len(self.validation[0])  # type: ignore[index]
+        total = torch.zeros((), dtype=torch.float64)
+        size = max(1, _VALIDATION_ROWS // self.run.objective.particles)
+        with torch.no_grad(), seeded(self.run.options.seed, self.fabric.device):
+            for batch in self.validation.in_order(self.fabric.device, size):
+                total += self.module.bound(*batch).sum().cpu()
+        return float(total) / len(self.validation)
 
-    def _finish_epoch(self, epoch: int, validated: bool) -> None:
+    def _validates(self, epoch: int) -> bool:
+        return (epoch + 1) % self.run.options.validate_every == 0 or self.step == self.total
+
+    def _finish_epoch(self, epoch: int) -> bool:
         options = self.run.options
-        if validated and options.patience is not None:
+        if self.validation is not None and self._validates(epoch) and options.patience is not None:
             bound = self.run.history["validation"].iloc[-1]
             self.since_best = 0 if bound > self.best else self.since_best + 1
             if bound > self.best:
                 self.best = bound
                 self.best_weights = {k: v.detach().clone() for k, v in unique_tensors(self.run.programs).items()}
-            self.stop = self.since_best >= options.patience
-        # A list, so that every callback is called even after one wants to stop.
-        self.stop = any([callback(self.run) is True for callback in self.callbacks]) or self.stop
-        last = self.stop or self.step == self.total
-        if self.folder is not None and (last or (epoch + 1) % options.checkpoint_every == 0):
-            self._write_checkpoint(self.folder / CHECKPOINT)
+        due = (epoch + 1) % options.checkpoint_every == 0 or self.step == self.total or self.out_of_patience
+        if due:
+            self._write_checkpoint()
+        # What callbacks draw does not change the training. A list, so that all are called even if one wants to stop.
+        with seeded(None, self.fabric.device):
+            stop = any([callback(self.run) is True for callback in self.callbacks])
+        if stop and not due:
+            self._write_checkpoint()
+        return stop
 
-    def _write_checkpoint(self, path: Path) -> None:
+    def _write_checkpoint(self) -> None:
         """Everything needed to go on, in one file."""
-        state = self.optimizer.state_dict()
+        if self.folder is None:
+            return
+        moments, optimizer = optimizer_state(self.optimizer)
         tensors = {f"weights.{name}": value for name, value in unique_tensors(self.run.programs).items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.fabric.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
-        numbers: dict[str, Any] = {}
-        for index, entries in state["state"].items():
-            for name, value in entries.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value
-                else:
-                    numbers.setdefault(str(index), {})[name] = value
+        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+        tensors |= {f"random.{name}": value for name, value in random_state(self.fabric.device).items()}
         values = {
             "step": self.step,
-            "stop": self.stop,
             "best": None if math.isinf(self.best) else self.best,
             "since_best": self.since_best,
             "objective_step": self.run.objective.step,
             "seconds": self.run.seconds,
             "history": self.run.history.to_dict("list"),
-            "numbers": numbers,
-            "parameters": [group["params"] for group in state["param_groups"]],
+            "optimizer": optimizer,
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "identity": self._identity(),
         }
-        write_tensors(path, tensors, values)
-        write_run(self.run, path.parent)
+        write_tensors(self.folder / CHECKPOINT, tensors, values)
+        write_run(self.run, self.folder)
 
-    def _read_checkpoint(self, path: Path) -> None:
+    def _identity(self) -> dict[str, Any]:
+        """What may not change when a run goes on, as plain values."""
+        settings = settings_of(self.run)
+        parts = {name: settings[name] for name in ("model", "guide", "objective")}
+        options = {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE}
+        source = {name: value for name, value in (self.run.data or {}).items() if name not in ("name", "root")}
+        data = {"rows": len(self.batches), "example": self.run.example, "source": source}
+        return json.loads(json.dumps({"options": options, "data": data} | parts))
+
+    def read_checkpoint(self, path: Path) -> None:
+        """Go on where a checkpoint was written.
+
+        Raises:
+            ValueError: If it is damaged, was written by another fit, or has gone further than this one shall go.
+        """
         tensors, values = read_tensors(path)
+        try:
+            difference = first_difference(values["identity"], self._identity())
+            if difference is not None:
+                raise ValueError(
+                    f"{path} was written by a fit that differs: {difference}. Resume with what it was begun with (only "
+                    f"{', '.join(MAY_CHANGE)} may change), or begin anew with overwrite=True"
+                )
+            if values["step"] > self.total:
+                raise ValueError(
+                    f"{path} has gone {values['step']} steps already, more than the {self.total} of this fit; give "
+                    "larger epochs or steps to go on"
+                )
+            self._restore(tensors, values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no checkpoint of this version of pyrogen ({error!r})") from error
 
+    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-        load_weights(self.run.programs, under("weights."), str(path))
-        state = self.optimizer.state_dict()
-        if values["parameters"] != [group["params"] for group in state["param_groups"]]:
-            raise ValueError(f"{path} belongs to a training of other parameters; resume it with the same programs")
-        entries: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in values["numbers"].items()}
-        for name, tensor in under("optimizer.").items():
-            index, key = name.split(".", 1)
-            entries.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        load_weights(self.run.programs, under("weights."), CHECKPOINT)
+        load_optimizer(self.optimizer, under("optimizer."), values["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(values["precision"])
         self.best_weights = under("best.")
-        self.step, self.since_best, self.stop = values["step"], values["since_best"], values["stop"]
+        self.step, self.since_best = values["step"], values["since_best"]
         self.best = -math.inf if values["best"] is None else values["best"]
         self.run.objective.step, self.run.seconds = values["objective_step"], values["seconds"]
         self.run.history = pd.DataFrame(values["history"])
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.fabric.device)
+        set_random_state(under("random."), self.fabric.device)
+
+
+def first_difference(there: Any, here: Any, name: str = "") -> str | None:
+    """Where two plain values differ first, in words, or None."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = (
+            first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            for key in {**there, **here}
+        )
+        return next((difference for difference in found if difference is not None), None)
+    return None if there == here else f"{name} was {there!r} and is {here!r}"
+
+
+def _no_sites(*batch: Tensor) -> None:
+    """The guide of a model without latent sites."""
 
 
 def _factor(schedule: str | Callable[[float], float], share: float) -> float:
@@ -346,7 +457,7 @@ def _factor(schedule: str | Callable[[float], float], share: float) -> float:
 
 def _fabric(options: FitOptions, folder: Path | None) -> Fabric:
     kind, _, index = options.device.partition(":")
-    loggers = [] if folder is None else [TensorBoardLogger(folder, name="logs", version="")]
+    loggers: list[Logger] = [] if folder is None else [TensorBoardLogger(folder, name="logs", version="")]
     try:
         return Fabric(
             accelerator=kind,
@@ -354,7 +465,7 @@ def _fabric(options: FitOptions, folder: Path | None) -> Fabric:
             precision=options.precision,  # type: ignore[arg-type]
             loggers=loggers,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         raise ValueError(
             f"device={options.device!r} with precision={options.precision!r} can't be used here: {error}"
         ) from error
@@ -367,10 +478,12 @@ def _optimizer(module: nn.Module, options: FitOptions, device: torch.device) -> 
         raise ValueError("neither model nor guide has a parameter to train")
     if options.optimizer is not None:
         return options.optimizer(parameters, lr=options.learning_rate)
-    return torch.optim.Adam(parameters, lr=options.learning_rate, fused=device.type in ("cpu", "cuda"))
+    # With scaled gradients a fused step would unscale them after they were clipped.
+    fused = device.type in ("cpu", "cuda") and options.precision != "16-mixed"
+    return torch.optim.Adam(parameters, lr=options.learning_rate, fused=fused)
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, disable: bool = False) -> Progress:
     """A progress bar with the time left."""
     return Progress(
         TextColumn("{task.description}"),
@@ -380,15 +493,5 @@ def progress_bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
+        disable=disable,
     )
-
-
-@contextmanager
-def _quiet(seed: int, progress: bool) -> Iterator[Progress | None]:
-    """Seeded random state that is given back, and Pyro's checks off: they were done once and cost time."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(pyro.validation_enabled(False))
-        bar = stack.enter_context(progress_bar()) if progress else None
-        torch.manual_seed(seed)
-        yield bar

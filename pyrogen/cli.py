@@ -1,0 +1,226 @@
+"""The ``pyrogen`` command: flags and YAML files in, one clear line out when something is wrong."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import traceback
+from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse.typing import register_type
+
+from pyrogen.configuration import _FILE_PREFIX
+from pyrogen.experiment import commands
+from pyrogen.experiment.parts import ROLES, Part, describe_part, names
+from pyrogen.experiment.settings import CompareSettings, FitSettings, Settings
+from pyrogen.inference import NonFiniteLoss
+
+__all__ = ["main"]
+
+register_type(Part, serializer=Part.plain, deserializer=Part.read)
+
+DESCRIPTION = """Generative models as Pyro programs: fit them, compare guides on them, analyse the posteriors.
+
+  pyrogen compare                                     three guides, two objectives, on the embedded digits
+  pyrogen fit --data mnist --family Flow              one model, one guide
+  pyrogen fit --model my_model.py:Model --data mnist  a Pyro program of your own
+  pyrogen evaluate runs/fit-mnist-001                 log-likelihood, rate and distortion of held-out data
+  pyrogen sample runs/fit-mnist-001 --out new.png     new observations
+
+Every flag can stand in a YAML file instead: --config FILE.yaml. Flags win over the file."""
+
+COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "compare": ((CompareSettings, commands.OutputSettings), "Fit several guides to one model and compare them"),
+    "fit": ((FitSettings, commands.OutputSettings), "Fit one model with one guide"),
+    "evaluate": ((commands.EvaluateSettings,), "Evaluate a fitted run"),
+    "sample": ((commands.SampleSettings,), "Sample from a fitted run"),
+}
+
+CLASSES = """Wherever a class is asked for, give its short name, an import path, or FILE.py:NAME. Its own options follow as
+flags:
+
+  --prior Mixture --prior.components 20
+
+or in YAML:
+
+  prior: {class_path: Mixture, init_args: {components: 20}}
+
+--prior.help Mixture prints its documentation, and --prior.help the names."""
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help that reads as prose: lines as they were written, and no Python types."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action) or ""
+        text = re.sub(r"type: %\(type\)s(, )?", "", text)
+        if action.default is None or action.default is False:
+            text = re.sub(r"(, )?default: %\(default\)s", "", text)
+        return text.replace(" ()", "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What follows ``pyrogen``; by default the process's own.
+
+    Returns:
+        The exit code: 0; 1 if training diverged or a program of the user's own failed; 2 for bad input, with one line
+        on stderr; 130 after Ctrl-C.
+    """
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume with the same --out goes on from the last checkpoint", 130)
+    except NonFiniteLoss as error:
+        return _fail(error, 1)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        if _in_users_file(error):
+            traceback.print_exc()
+            return 1
+        return _fail(error, 2)
+
+
+def _fail(error: Any, code: int) -> int:
+    print(f"pyrogen: {'error: ' if code != 130 else ''}{' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _in_users_file(error: BaseException) -> bool:
+    """Whether an error came up while a FILE.py of the user's ran: then the place matters."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith(_FILE_PREFIX) for frame in frames)
+
+
+def _run(arguments: list[str]) -> int:
+    arguments, options, wanted = _split_part_options(arguments)
+    if wanted is not None:
+        print(describe_part(Part(wanted[1]), wanted[0]) if wanted[1] else ", ".join(names(wanted[0])))
+        return 0
+    parser = _parser()
+    try:
+        values = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(f"{error}{_nearest_flag(str(error), arguments)}") from error
+    command = values.subcommand
+    settings = _settings(values[command], COMMANDS[command][0], options)
+    match command:
+        case "compare":
+            table, folder = commands.run_compare(*settings)
+            print(table)
+            print(f"Written to {folder}")
+        case "fit":
+            run, folder = commands.run_fit(*settings)
+            print(run)
+            print(f"Written to {folder}")
+        case "evaluate":
+            print(commands.run_evaluate(*settings))
+        case "sample":
+            print(f"Written to {commands.run_sample(*settings)}")
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    look: Any = {"exit_on_error": False, "formatter_class": _Formatter}
+    parser = ArgumentParser(prog="pyrogen", description=DESCRIPTION, **look)
+    commands_of = parser.add_subcommands()
+    for name, (groups, title) in COMMANDS.items():
+        place = " RUN" if groups[0].__dataclass_fields__.get("run") else ""
+        usage = f"pyrogen {name}{place} [--config FILE.yaml] [options]"
+        command = ArgumentParser(description=_head(groups[0]), usage=usage, **look)
+        file = "A YAML file with any of these options, such as the one that a run wrote."
+        command.add_argument("--config", action="config", help=file)
+        for group in groups:
+            _add(command, group)
+        commands_of.add_subcommand(name, command, help=title)
+    return parser
+
+
+def _head(group: type) -> str:
+    """What stands above the options of a command."""
+    text = inspect.cleandoc(group.__doc__ or "").partition("Args:")[0].strip()
+    return f"{text}\n\n{CLASSES}" if issubclass(group, Settings) else text
+
+
+def _add(parser: ArgumentParser, group: type) -> None:
+    """Add a dataclass's fields as flags; switches without a value, lists of several words, a run by its place."""
+    documented = _documentation(group)
+    own = {"run"} | {f.name for f in dataclasses.fields(group) if f.type is bool or str(f.type).startswith("list")}
+    for each in dataclasses.fields(group):
+        text = documented[each.name]
+        if each.name == "run":
+            parser.add_argument("run", type=str, help=text)
+        elif each.type is bool and each.default is False:
+            parser.add_argument(f"--{each.name}", action="store_true", help=text)
+        elif each.type is bool:
+            parser.add_argument(f"--{each.name}", type=bool, default=each.default, help=text)
+        elif each.name in own:
+            default = each.default_factory()  # type: ignore[misc]
+            parser.add_argument(f"--{each.name}", nargs="+", type=Part, default=default, help=text)
+    skipped = own & {each.name for each in dataclasses.fields(group)}
+    parser.add_class_arguments(group, as_group=False, skip=skipped)
+
+
+def _documentation(group: type) -> dict[str, str]:
+    """The text on every field, from the ``Args`` section of a dataclass and of those that it extends."""
+    found = {}
+    for each in reversed(group.__mro__):
+        section = (each.__doc__ or "").partition("Args:")[2]
+        for name, text in re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", section, re.M | re.S):
+            found[name] = " ".join(text.split())
+    return found
+
+
+def _split_part_options(arguments: list[str]) -> tuple[list[str], dict[str, dict[str, Any]], tuple[str, str] | None]:
+    """Take ``--prior.components 20`` and its like out of the arguments, and ``--prior.help NAME`` too."""
+    left: list[str] = []
+    options: dict[str, dict[str, Any]] = {}
+    flag = re.compile(rf"--({'|'.join(ROLES)})\.(\w+)(?:=(.*))?", re.S)
+    words = iter(arguments)
+    for word in words:
+        found = flag.fullmatch(word)
+        if found is None:
+            left.append(word)
+            continue
+        role, key, raw = found.groups()
+        raw = next(words, None) if raw is None else raw
+        if key == "help":
+            return left, options, (role, raw or "")
+        if raw is None:
+            raise ValueError(f"{word} needs a value")
+        try:
+            options.setdefault(role, {})[key] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            options.setdefault(role, {})[key] = raw
+    return left, options, None
+
+
+def _settings(values: Namespace, groups: tuple[type, ...], options: dict[str, dict[str, Any]]) -> list[Any]:
+    """The dataclasses of a command, from what was parsed and the options of its parts."""
+    chosen = {key: value for key, value in values.as_dict().items() if key != "config"}
+    defaults = {"prior": Part("StandardNormal"), "decoder": Part("MLP")}
+    for role, given in options.items():
+        if role not in chosen:
+            raise ValueError(f"unrecognized arguments: {', '.join(f'--{role}.{key}' for key in given)}")
+        part = chosen[role] or defaults.get(role)
+        if part is None:
+            raise ValueError(f"--{role}.{next(iter(given))} is an option of what --{role} NAME names; name it")
+        chosen[role] = Part(part.name, part.init_args | given)
+    return [group(**{f.name: chosen[f.name] for f in dataclasses.fields(group)}) for group in groups]
+
+
+def _nearest_flag(message: str, arguments: list[str]) -> str:
+    """Which flag may have been meant by one that is not known."""
+    unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+    command = next((word for word in arguments if word in COMMANDS), None)
+    if unknown is None or command is None:
+        return ""
+    flags = [field.name for group in COMMANDS[command][0] for field in dataclasses.fields(group)] + ["config"]
+    near = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(f'--{flag}' for flag in near)}?" if near else ""

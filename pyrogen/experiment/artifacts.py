@@ -1,0 +1,140 @@
+"""What a comparison leaves in its folder beside the fits: the table, the figures, and the posteriors for ArviZ."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import xarray
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyrogen.data import Data, as_float
+from pyrogen.evaluation import posterior_samples, reconstruct, sample, to_arviz
+from pyrogen.evaluation.inference_data import assemble
+from pyrogen.experiment import figures
+from pyrogen.experiment.table import Comparison
+from pyrogen.inference import Run
+from pyrogen.inference.checkpoints import atomically
+
+__all__ = ["join_posteriors", "posterior_means", "write_artifacts", "write_figures", "write_posteriors"]
+
+POSTERIOR_ROWS = 16
+_SHOWN = 64
+_SCATTERED = 2000
+_log = logging.getLogger(__name__)
+
+
+def write_artifacts(folder: Path, table: Comparison, rows: tuple[Tensor, ...], data: Any, seed: int) -> None:
+    """Write ``table.csv``, ``figures/`` and ``posteriors.nc``.
+
+    Args:
+        folder: The comparison's folder.
+        table: The comparison.
+        rows: The rows that it was evaluated on.
+        data: What was fitted; labels of test rows colour the latents.
+        seed: Of the draws.
+    """
+    with atomically(folder / "table.csv") as temporary:
+        pd.DataFrame(table).to_csv(temporary)
+    write_figures(folder / "figures", table, rows, data, seed)
+    write_posteriors(folder / "posteriors.nc", table.runs, tuple(x[:POSTERIOR_ROWS] for x in rows), seed)
+
+
+def write_figures(folder: Path, table: Comparison, rows: tuple[Tensor, ...], data: Any, seed: int) -> None:
+    """Draw every figure that the data allow; what can't be drawn is said in the log."""
+    runs = table.runs
+    x = as_float(rows[0])
+    labels, classes = _labels(data, rows[0])
+    shown = tuple(x[:_SHOWN] for x in rows)
+    images = figures.are_images(x)
+    histories = {name: run.history for name, run in runs.items()}
+    drawn = _each("samples", runs, lambda run: sample(run, _SHOWN, seed=seed, mean=images, given=shown[1:]))
+    rebuilt = _each("reconstructions", runs, lambda run: reconstruct(run.model, run.guide, shown, seed=seed))
+    some = tuple(x[:_SCATTERED] for x in rows)
+    means = {name: posterior_means(run, some, seed=seed) for name, run in runs.items()}
+    made = {
+        "samples": figures.samples(drawn, x[:_SHOWN]) if drawn else None,
+        "reconstructions": figures.reconstructions(x[:_SHOWN], rebuilt) if rebuilt else None,
+        "curves": figures.curves(histories),
+        "latents": figures.latents(means, None if labels is None else labels[:_SCATTERED], classes),
+        "comparison": figures.comparison(table, histories, x[:_SHOWN], rebuilt or {}, drawn or {}),
+    }
+    for name, figure in made.items():
+        if figure is None:
+            _log.warning("no figure '%s': data of event shape %s have no such picture", name, tuple(x.shape[1:]))
+        else:
+            save_figure(figure, folder / f"{name}.png")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
+    with atomically(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _each(what: str, runs: Mapping[str, Run], draw: Any) -> dict[str, Tensor] | None:
+    """What a function makes of every run, or None where that is not one tensor for each."""
+    try:
+        drawn = {name: draw(run) for name, run in runs.items()}
+    except ValueError as error:
+        _log.warning("no figure '%s': %s", what, error)
+        return None
+    return drawn if all(isinstance(x, Tensor) for x in drawn.values()) else None
+
+
+def _labels(data: Any, x: Tensor) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """The labels of the first rows of the test split, if these are the rows."""
+    if not isinstance(data, Data) or data.test_labels is None or not data.test[: len(x)].equal(x):
+        return None, None
+    return data.test_labels[: len(x)], data.classes
+
+
+def posterior_means(run: Run, rows: tuple[Tensor, ...], *, draws: int = 32, seed: int = 0) -> Tensor:
+    """Posterior means of all latents that belong to an observation, ``(B, D)``, from so many draws."""
+    found = posterior_samples(run.model, run.guide, rows, draws, seed=seed)  # type: ignore[arg-type]
+    sites = getattr(run.guide, "sites", {})
+    local = [z for name, z in found.items() if name not in sites or not sites[name].is_global]
+    return torch.cat([z.mean(0).flatten(1) for z in local], 1)
+
+
+def write_posteriors(path: Path, runs: Mapping[str, Run], rows: tuple[Tensor, ...], seed: int) -> None:
+    """Write the posteriors of all fits into one file that ``arviz.from_netcdf`` opens."""
+    trees = {
+        name: to_arviz(run, rows, draws=250, prior_draws=250, predictive_draws=10, seed=seed)
+        for name, run in runs.items()
+    }
+    tree = join_posteriors(trees)
+    with atomically(path) as temporary:
+        tree.to_netcdf(str(temporary))
+
+
+def join_posteriors(trees: Mapping[str, Any]) -> Any:
+    """Several fits' groups side by side, along a new first dimension ``fit`` whose coordinate is their names.
+
+    Observed data are the same for all and stand once. ``tree["posterior"].sel(fit="flow")`` is one fit's posterior, and
+    ArviZ's functions take what ``tree.sel(fit="flow")`` gives.
+
+    Args:
+        trees: By name of the fit, what :func:`pyrogen.to_arviz` returned for the same rows.
+    """
+    parts = {name: _groups(tree) for name, tree in trees.items()}
+    joined = {}
+    for group in dict.fromkeys(group for groups in parts.values() for group in groups):
+        having = {name: groups[group] for name, groups in parts.items() if group in groups}
+        if group == "observed_data":
+            joined[group] = next(iter(having.values()))
+            continue
+        along = pd.Index([*having], name="fit")
+        dataset = xarray.concat([*having.values()], along, join="outer", combine_attrs="drop_conflicts")
+        joined[group] = dataset.reindex(fit=[*parts])
+    first = next(iter(trees.values()))
+    return assemble(joined, major=1 if isinstance(first, xarray.DataTree) else 0)
+
+
+def _groups(tree: Any) -> dict[str, xarray.Dataset]:
+    if isinstance(tree, xarray.DataTree):
+        return {name: node.to_dataset() for name, node in tree.children.items()}
+    return {name: tree[name] for name in tree.groups()}

@@ -1,0 +1,336 @@
+"""The main job: fit several guides to one model on the same data, evaluate each the same way, and put it in a table."""
+
+import copy
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pyrogen.configuration import describe
+from pyrogen.data import Data
+from pyrogen.evaluation import evaluate
+from pyrogen.experiment.artifacts import write_artifacts
+from pyrogen.experiment.programs import amortized_guide, independent_copy
+from pyrogen.experiment.table import Comparison
+from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objective, Run, fit
+from pyrogen.inference.batches import Batches, training_and_validation
+from pyrogen.inference.checkpoints import atomically
+from pyrogen.inference.checks import check_programs, check_values
+from pyrogen.inference.run import clear_folder, prepare_folder
+
+__all__ = ["CONFIGURATION", "compare"]
+
+CONFIGURATION = "compare.yaml"
+
+
+def compare(
+    model: Callable,
+    guides: Mapping[str, tuple[Any, Objective]],
+    *,
+    encoder: Callable[[], nn.Module] | nn.Module,
+    data: Data | Tensor | Sequence[Tensor] | Dataset,
+    test: Tensor | Sequence[Tensor] | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    schedule: str | Callable[[float], float] = "constant",
+    gradient_clip: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "32-true",
+    particles: int = 1000,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    configuration: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Fit several guides to one model and compare them.
+
+    The comparison is fair: every fit starts from a copy of the same model with the same weights, draws its guide's
+    weights and its noise from the same seed, sees the data in the same order, and is evaluated on the same test rows
+    with as many particles. The figures do not depend on what was optimised; see :func:`pyrogen.evaluate`.
+
+    Args:
+        model: The program. It is copied, never trained itself.
+        guides: By name, a family and an objective. The family is what :class:`~pyrogen.inference.AmortizedGuide`
+            takes: a class, a ``functools.partial`` of one, or a mapping from site names to these.
+        encoder: Called without arguments, it gives each guide its encoder; or a module, of which each gets a copy.
+        data: As for :func:`pyrogen.fit`.
+        test: Rows for the evaluation, a tensor or a tuple of tensors; by default the test split where data have one,
+            otherwise the training data, which the table then says.
+        epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision: As for
+            :func:`pyrogen.fit`.
+        particles: Draws for each test row, for the log-likelihood.
+        out: A folder for all there is: ``table.csv``, ``figures/``, ``posteriors.nc`` (every fit's posterior of the
+            first 16 test rows, along the dimension ``fit``; open it with ``arviz.from_netcdf``), ``compare.yaml``, and
+            a run's folder for each fit, which :func:`pyrogen.load` reads.
+        overwrite: Replace a comparison that is in ``out``.
+        resume: Go on with the one in ``out``: complete fits are read, a started one goes on from its checkpoint.
+        progress: Show one progress bar with the time left.
+        configuration: What ``compare.yaml`` shall hold; by default a description of the arguments.
+
+    Returns:
+        A table with a row for each guide, in nats per observation where nothing else is said; its ``.runs`` holds the
+        fits by name.
+
+    Raises:
+        ValueError: Before any training, for anything that does not fit; if ``resume`` finds another comparison.
+        OutputExistsError: If ``out`` holds something and neither ``overwrite`` nor ``resume`` was given.
+        NonFiniteLoss: If a loss is NaN or infinite, with the name of the fit.
+
+    Example:
+        >>> import pyrogen as pg
+        >>> from pyrogen.distributions import Bernoulli, Normal, StandardNormal
+        >>> from pyrogen.inference import ELBO
+        >>> from pyrogen.networks import MLP
+        >>> data = pg.data.load("digits")
+        >>> model = pg.models.LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, data.event_shape)))
+        >>> table = compare(model, {"mean field": (Normal, ELBO())}, encoder=lambda: MLP(data.event_shape, 32),
+        ...                 data=data, test=data.test[:20], epochs=1, particles=10, progress=False)
+        >>> table.loc["mean field", "observations"], table.runs["mean field"].model is model
+        (np.int64(20), False)
+    """
+    options = FitOptions(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        gradient_clip=gradient_clip,
+        seed=seed,
+        device=device,
+        precision=precision,
+    )
+    batches, _ = training_and_validation(data, batch_size, seed)
+    rows, source = _test_rows(data, test)
+    fits = _prepare(model, guides, encoder, batches, seed)
+    if configuration is None:
+        configuration = _describe(model, fits, options, data, particles)
+    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
+    if folder is not None:
+        _write_configuration(folder, configuration, resume=resume, clear=overwrite and not resume)
+    work = _Work(fits, options, batches, rows, particles)
+    table_rows, runs = [], {}
+    with work.bar(progress) as advance:
+        for each in fits:
+            runs[each.name] = _train(each, data, options, folder, resume, advance)
+            evaluation = evaluate(runs[each.name], rows, particles=particles, seed=seed)
+            advance(each, evaluated=True)
+            table_rows.append(_row(runs[each.name], evaluation.to_dict()))
+    table = Comparison.of(table_rows, runs, source)
+    if folder is not None:
+        write_artifacts(folder, table, rows, data, seed)
+    return table
+
+
+@dataclass
+class _Fit:
+    """One guide with its own copy of the model, ready to be trained."""
+
+    name: str
+    slug: str
+    model: Callable
+    guide: AmortizedGuide
+    objective: Objective
+
+
+def _prepare(
+    model: Callable, guides: Mapping[str, tuple[Any, Objective]], encoder: Any, batches: Batches, seed: int
+) -> list[_Fit]:
+    """Build and check every fit, so that whatever is wrong shows before any training."""
+    if not isinstance(guides, Mapping) or not guides:
+        raise ValueError('expected guides as a mapping with at least one entry, such as {"flow": (Flow, ELBO())}')
+    example = batches.first()
+    check_values(model, batches)
+    fits = []
+    for name, entry in guides.items():
+        if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], Objective)):
+            raise ValueError(f"the guide '{name}' must be a pair (family, objective), got {entry!r}")
+        family, objective = entry
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            own = independent_copy(model, example)
+            features = copy.deepcopy(encoder) if isinstance(encoder, nn.Module) else encoder()
+            guide = amortized_guide(own, features, copy.deepcopy(family), example)
+        check_programs(own, guide, *example)
+        fits.append(_Fit(name, _slug(name), own, guide, copy.copy(objective)))
+    slugs = [each.slug for each in fits]
+    for each in fits:
+        if slugs.count(each.slug) > 1:
+            raise ValueError(f"two guides have names that give the folder '{each.slug}'; name one of them otherwise")
+    return fits
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fit"
+
+
+def _test_rows(data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
+    """The rows to evaluate on, and what they are."""
+    if test is not None:
+        return ((test,) if isinstance(test, Tensor) else tuple(test)), "test rows"
+    if isinstance(data, Data):
+        return (data.test,), "test rows"
+    if isinstance(data, Dataset):
+        raise ValueError("a torch Dataset has no test rows; pass test=, a tensor or a tuple of tensors")
+    return ((data,) if isinstance(data, Tensor) else tuple(data)), "rows of the training data itself"
+
+
+def _train(
+    each: _Fit, data: Any, options: FitOptions, folder: Path | None, resume: bool, advance: Callable[..., None]
+) -> Run:
+    # The seed also stands for parameters that a plain function makes only when it first runs.
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        try:
+            return fit(
+                each.model,
+                each.guide,
+                each.objective,
+                data,
+                epochs=options.epochs,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                schedule=options.schedule,  # type: ignore[arg-type]
+                gradient_clip=options.gradient_clip,
+                seed=options.seed,
+                device=options.device,
+                precision=options.precision,
+                callbacks=(lambda run: advance(each, step=int(run.history["step"].iloc[-1])),),
+                progress=False,
+                out=None if folder is None else folder / each.slug,
+                resume=resume,
+            )
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{each.name}: {error}") from error
+
+
+def _row(run: Run, figures: dict[str, Any]) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in {id(p): p for p in run.programs.parameters()}.values() if p.requires_grad)
+    return figures | {"seconds": run.seconds, "parameters": parameters}
+
+
+class _Work:
+    """How much is to be done, in seconds guessed from one forward pass of each fit, for the progress bar."""
+
+    def __init__(
+        self, fits: list[_Fit], options: FitOptions, batches: Batches, rows: tuple[Tensor, ...], particles: int
+    ) -> None:
+        self.names = [each.name for each in fits]
+        self.steps = options.steps or options.epochs * batches.per_epoch  # type: ignore[operator]
+        batch = batches.first(min(options.batch_size, len(batches)))
+        self.of_step: dict[str, float] = {}
+        self.of_evaluation: dict[str, float] = {}
+        for each in fits:
+            seconds = _seconds_of(each, batch)
+            # A step goes forward and back, and the optimizer moves; an evaluation only goes forward.
+            self.of_step[each.name] = 3 * seconds
+            draws = len(batch[0]) * each.objective.particles
+            self.of_evaluation[each.name] = seconds / draws * len(rows[0]) * particles / 2
+        self.total = sum(self.of_step.values()) * self.steps + sum(self.of_evaluation.values())
+
+    @contextmanager
+    def bar(self, progress: bool) -> Iterator[Callable[..., None]]:
+        """What to call as the work goes on: ``advance(fit, step=...)``, ``advance(fit, evaluated=True)``."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        done = dict.fromkeys(self.names, 0.0)
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as shown:
+            task = shown.add_task(f"1/{len(self.names)} {self.names[0]}", total=self.total)
+
+            def advance(each: _Fit, step: int | None = None, evaluated: bool = False) -> None:
+                done[each.name] = self.of_step[each.name] * (self.steps if step is None else step)
+                done[each.name] += self.of_evaluation[each.name] if evaluated else 0.0
+                position = self.names.index(each.name)
+                if evaluated and position + 1 < len(self.names):
+                    position += 1
+                what = "evaluating" if step == self.steps else "training"
+                description = f"{position + 1}/{len(self.names)} {self.names[position]}: {what}"
+                shown.update(task, completed=sum(done.values()), description=description)
+
+            yield advance
+
+
+def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
+    """The time of a forward pass on a batch, on the CPU; nothing changes by it."""
+    for program in (each.model, each.guide):
+        if isinstance(program, nn.Module):
+            program.eval()
+    best = math.inf
+    with (
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        pyro.get_param_store().scope(),
+        torch.random.fork_rng(),
+    ):
+        for _ in range(3):
+            started = time.perf_counter()
+            each.objective.bound(each.model, each.guide, *batch)
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _describe(
+    model: Callable, fits: list[_Fit], options: FitOptions, data: Any, particles: int
+) -> dict[str, Any]:
+    """The arguments as plain values; what can't be described is noted."""
+
+    def plain(value: Any) -> Any:
+        try:
+            return describe(value)
+        except ValueError as error:
+            return {"not_described": str(error)}
+
+    return {
+        "data": (data.source or data.name) if isinstance(data, Data) else None,
+        "model": plain(model),
+        "guides": {e.name: {"family": plain(e.guide.family), "objective": plain(e.objective)} for e in fits},
+        "encoder": plain(fits[0].guide.encoder),
+        "options": {name: plain(value) for name, value in vars(options).items()},
+        "particles": particles,
+    }
+
+
+def _write_configuration(folder: Path, configuration: Mapping[str, Any], *, resume: bool, clear: bool) -> None:
+    """Write ``compare.yaml``; on resuming, see first that the folder holds the same comparison."""
+    path = folder / CONFIGURATION
+    values = yaml.safe_load(yaml.safe_dump(dict(configuration), sort_keys=False))
+    if resume and path.is_file():
+        try:
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            differing = [key for key in {*there, *values} if there.get(key) != values.get(key)]
+        except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it, or start anew with overwrite") from error
+        if differing:
+            changes = "; ".join(f"{key}: {there.get(key)!r} there, {values.get(key)!r} now" for key in differing)
+            raise ValueError(f"{folder} holds another comparison ({changes}); resume it with the same settings")
+        return
+    if clear:
+        clear_folder(folder)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("pyrogen", "pyro-ppl", "torch"))
+    with atomically(path) as temporary:
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        temporary.write_text(f"# Written by {versions}\n{text}", encoding="utf-8")

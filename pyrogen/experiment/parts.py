@@ -1,0 +1,179 @@
+"""Parts by name: any class by its short name, its import path or ``FILE.py:NAME``, with the arguments for it.
+
+A part is written as ``Flow``, or with arguments as ``{class_path: Flow, init_args: {layers: 2}}``, on the command line
+and in YAML alike.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from pyrogen import distributions, inference, models, networks
+from pyrogen.configuration import import_object
+
+__all__ = ["ROLES", "Part", "call", "describe_part", "names", "resolve"]
+
+ROLES = ("model", "prior", "likelihood", "encoder", "decoder", "family", "objective")
+
+
+class Part:
+    """A class or function by name, and the arguments that it shall get.
+
+    Args:
+        name: A short name, an import path, or ``FILE.py:NAME``.
+        init_args: Its arguments by name, as plain values.
+
+    Example:
+        >>> Part.read({"class_path": "Flow", "init_args": {"layers": 2}})
+        Flow(layers=2)
+    """
+
+    # No dataclass: jsonargparse would take its fields for flags.
+    def __init__(self, name: str, init_args: Mapping[str, Any] | None = None) -> None:
+        self.name = name
+        self.init_args = dict(init_args or {})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Part) and (self.name, self.init_args) == (other.name, other.init_args)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @classmethod
+    def read(cls, value: Any) -> "Part":
+        """The part that a string or a mapping with ``class_path`` and ``init_args`` names.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        if isinstance(value, Part):
+            return value
+        if isinstance(value, str) and value:
+            return cls(value)
+        if isinstance(value, Mapping) and {"class_path"} <= value.keys() <= {"class_path", "init_args"}:
+            return cls(str(value["class_path"]), value.get("init_args"))
+        raise ValueError(
+            f"expected a name such as 'Flow', or a mapping {{class_path: NAME, init_args: {{...}}}}, got {value!r}"
+        )
+
+    def plain(self) -> str | dict[str, Any]:
+        """What :meth:`read` reads; a file's path is made absolute."""
+        file, colon, name = self.name.rpartition(":")
+        name = f"{Path(file).resolve()}:{name}" if colon else self.name
+        return {"class_path": name, "init_args": dict(self.init_args)} if self.init_args else name
+
+    def __repr__(self) -> str:
+        name = self.name.rpartition(":")[2].rpartition(".")[2]
+        arguments = ", ".join(f"{key}={value}" for key, value in self.init_args.items())
+        return f"{name}({arguments})" if arguments else name
+
+
+def names(role: str) -> dict[str, Any]:
+    """The short names that a role knows, with what they stand for."""
+    package: Any = {"model": models, "encoder": networks, "decoder": networks, "objective": inference}.get(
+        role, distributions
+    )
+    known = {name: getattr(package, name) for name in package.__all__}
+    if role == "objective":
+        return {name: value for name, value in known.items() if _is_objective(value)}
+    if role in ("prior", "family", "likelihood"):
+        is_likelihood = role == "likelihood"
+        known = {name: value for name, value in known.items() if hasattr(value, "decoder_shape") is is_likelihood}
+    return {name: value for name, value in known.items() if isinstance(value, type)}
+
+
+def _is_objective(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, inference.Objective) and value is not inference.Objective
+
+
+def resolve(part: Part, role: str) -> Any:
+    """The class, function or object that a part names.
+
+    What a user names is trusted: a module or a file of the user's own is imported.
+
+    Raises:
+        ValueError: If the name is not known, with the names that are near it, or can't be imported.
+
+    Example:
+        >>> resolve(Part("Mixture"), "prior")
+        <class 'pyrogen.distributions.mixtures.Mixture'>
+    """
+    known = names(role)
+    if part.name in known:
+        return known[part.name]
+    if "." in part.name or ":" in part.name:
+        return import_object(part.name, trust=True)
+    near = difflib.get_close_matches(part.name.lower(), {name.lower(): name for name in known}, n=3, cutoff=0.5)
+    meant = [name for name in known if name.lower() in near]
+    guess = f"did you mean {' or '.join(meant)}? " if meant else ""
+    raise ValueError(
+        f"unknown {role} '{part.name}'; {guess}Known are {', '.join(sorted(known))}; else give an import path such "
+        "as package.module.NAME, or FILE.py:NAME"
+    )
+
+
+def call(part: Part, role: str, *positional: Any, **filled: Any) -> Any:
+    """Build a part: call what it names with the role's own arguments and the part's.
+
+    Args:
+        part: The part.
+        role: One of ``ROLES``.
+        positional: What everything of this role is called with, such as ``(features, context)`` for a family.
+        filled: What goes to a parameter of that name, where there is one and the part does not say it itself.
+
+    Raises:
+        ValueError: If an argument is not known, is of a wrong type, or is missing.
+    """
+    return _build(partial_of(part, role, len(positional), **filled), part, role, *positional)
+
+
+def partial_of(part: Part, role: str, positional: int, **filled: Any) -> Any:
+    """What a part names, with the part's arguments but without the role's own; itself where there are none."""
+    target = resolve(part, role)
+    if not callable(target):
+        raise ValueError(f"the {role} '{part.name}' is of type {type(target).__name__}; expected a class or a function")
+    arguments = _typed(target, part, role, positional)
+    parameters = inspect.signature(target).parameters
+    arguments |= {key: value for key, value in filled.items() if key in parameters and key not in arguments}
+    return functools.partial(target, **arguments) if arguments else target
+
+
+def _build(target: Callable, part: Part, role: str, *positional: Any) -> Any:
+    try:
+        inspect.signature(target).bind(*positional)
+    except TypeError as error:
+        raise ValueError(f"can't build the {role} {part!r}: {error}; set it with --{role}.NAME VALUE") from error
+    return target(*positional)
+
+
+def _typed(target: Callable, part: Part, role: str, positional: int) -> dict[str, Any]:
+    """The part's arguments, checked against the types that the class declares and made into these."""
+    if not part.init_args:
+        return {}
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
+    add(target, skip={positional} if positional else set(), fail_untyped=False, as_group=False)  # type: ignore[operator]
+    options = [action.dest for action in parser._actions if "help" not in action.dest]
+    for key in part.init_args:
+        if key not in options:
+            near = difflib.get_close_matches(key, options, n=2, cutoff=0.5)
+            guess = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(
+                f"the {role} {part.name} has no option '{key}'; {guess}It has {', '.join(options) or 'none'}"
+            )
+    try:
+        values = parser.instantiate(parser.parse_object(part.init_args)).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"the {role} {part!r}: {' '.join(str(error).split())}") from error
+    return {key: tuple(v) if isinstance(v := values[key], list) else v for key in part.init_args}
+
+
+def describe_part(part: Part, role: str) -> str:
+    """What ``--ROLE.help NAME`` prints: the signature and the documentation."""
+    target = resolve(part, role)
+    return f"{part.name}{inspect.signature(target)}\n\n{inspect.getdoc(target) or 'No documentation.'}\n"

@@ -1,0 +1,218 @@
+"""What a fit or a comparison is made of, as plain settings, and how these become data, models and objectives."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from pyrogen import data as data_sets
+from pyrogen.data import Data
+from pyrogen.distributions import Bernoulli, ContinuousBernoulli, NormalLikelihood, QuantizedNormal
+from pyrogen.experiment.parts import Part, call, partial_of, resolve
+from pyrogen.inference import Objective
+from pyrogen.models import LatentVariableModel
+
+__all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The data, the model, and how it is trained.
+
+    Args:
+        data: The data set: digits, mnist, fashion_mnist, cifar10, celeba, omniglot, color_mnist, stacked_mnist,
+            folder:PATH (images) or array:FILE.npz.
+        root: The folder that holds the data sets, or shall hold them once downloaded. By default the environment
+            variable PYROGEN_DATA, otherwise ~/.cache/pyrogen.
+        binarize: How gray images become binary: dynamic (drawn anew for each batch), static (drawn once), threshold,
+            null (not at all); auto is dynamic for digits, mnist and omniglot and null for all others.
+        model: Your own Pyro program instead of a latent-variable model, as FILE.py:NAME or import path: a function
+            model(x), or a class of programs, built with the arguments that --model.NAME VALUE gives. Parameters of
+            the class named event_shape and latent get the shape of the data and --latent. Or ProbabilisticPCA.
+        prior: The prior p(z), called as prior(latent); by default StandardNormal.
+        likelihood: The likelihood p(x|z), called as likelihood(decoder). By default what suits the data's values:
+            Bernoulli, QuantizedNormal, ContinuousBernoulli, or NormalLikelihood with one learned scale.
+        decoder: The network from z to the likelihood's parameters, called as decoder(latent, shape); by default MLP.
+        encoder: The network from x to the features that guides are conditioned on, called as encoder(event_shape,
+            features).
+        latent: Number of dimensions of z.
+        features: Number of features that the encoder gives.
+        epochs: How long to train, in passes through the data; by default 50, unless steps are given.
+        steps: How long to train, in steps of the optimizer.
+        batch_size: Rows of a minibatch.
+        learning_rate: Of Adam.
+        schedule: How the learning rate goes on: constant, or falling to 0, linearly or as half a cosine.
+        gradient_clip: Bound on the norm of the gradient.
+        seed: Of initial weights, draws and the order of the data.
+        device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.
+        precision: Such as 32-true, bf16-mixed, 64-true.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    binarize: Literal["auto", "dynamic", "static", "threshold"] | None = "auto"
+    model: Part | None = None
+    prior: Part | None = None
+    likelihood: Part | None = None
+    decoder: Part | None = None
+    encoder: Part = Part("MLP")
+    latent: int = 8
+    features: int = 128
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    gradient_clip: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.model is not None:
+            given = [name for name in ("prior", "likelihood", "decoder") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"the model {self.model!r} is a program of its own, so {', '.join(given)} would go unused; leave "
+                    "out either the one or the others"
+                )
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values, for YAML; what is None by default and was left so is left out."""
+        values = {}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if value is not None or each.default is not None:
+                values[each.name] = _plain(value)
+        return values
+
+    def training(self) -> dict[str, Any]:
+        """The options of :func:`pyrogen.fit` that are set here."""
+        epochs = 50 if self.epochs is None and self.steps is None else self.epochs
+        names = ("steps", "batch_size", "learning_rate", "seed", "device", "precision", "schedule", "gradient_clip")
+        return {"epochs": epochs} | {name: getattr(self, name) for name in names}
+
+    def load_data(self) -> Data:
+        """The data set."""
+        return data_sets.load(self.data, root=self.root, binarize=self.binarize)
+
+    def build_model(self, data: Data) -> Callable:
+        """The model for a data set, with fresh weights.
+
+        Raises:
+            ValueError: If a name or an option is not known.
+        """
+        if self.model is None:
+            prior = call(self.prior or Part("StandardNormal"), "prior", self.latent, inputs=data.event_shape)
+            return LatentVariableModel(prior, self.build_likelihood(data))
+        program = resolve(self.model, "model")
+        if isinstance(program, type):
+            shapes = {"event_shape": data.event_shape, "observed": data.event_shape}
+            program = call(self.model, "model", latent=self.latent, **shapes)
+        elif self.model.init_args:
+            raise ValueError(f"the model {self.model.name} is a program, not a class, so it takes no options")
+        if not callable(program):
+            raise ValueError(f"the model {self.model!r} is no Pyro program: it can't be called")
+        return program
+
+    def build_likelihood(self, data: Data) -> nn.Module:
+        """The likelihood with its decoder, by default one for the data's values."""
+        part = self.likelihood or _default_likelihood(data)
+        likelihood = partial_of(part, "likelihood", 1, **({"levels": data.levels} if data.levels else {}))
+        arguments: dict[str, Any] = getattr(likelihood, "keywords", {})
+        shape_of = getattr(getattr(likelihood, "func", likelihood), "decoder_shape", None)
+        shape = data.event_shape if shape_of is None else shape_of(data.event_shape, **arguments)
+        return likelihood(call(self.decoder or Part("MLP"), "decoder", self.latent, shape))
+
+    def build_encoder(self, data: Data) -> nn.Module:
+        """The encoder for a data set, with fresh weights."""
+        return call(self.encoder, "encoder", data.event_shape, self.features)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.plain()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _default_likelihood(data: Data) -> Part:
+    if data.values == "real":
+        return Part(NormalLikelihood.__name__, {"scale": "shared"})
+    suited = {"binary": Bernoulli, "levels": QuantizedNormal, "unit interval": ContinuousBernoulli}
+    return Part(suited[data.values].__name__)
+
+
+def build_objective(part: Part) -> Objective:
+    """The objective that a part names.
+
+    Raises:
+        ValueError: If it names something else.
+    """
+    objective = call(part, "objective")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"the objective {part!r} is a {type(objective).__name__}; expected one such as ELBO or IWAE")
+    return objective
+
+
+def build_family(part: Part) -> Callable:
+    """The family that a part names, to be called as ``family(features, context)``."""
+    return partial_of(part, "family", 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(Settings):
+    """Fit one model with one guide.
+
+    Args:
+        family: The family of the guide's distributions, called as family(features, context): Normal,
+            MultivariateNormal, Flow, Mixture, ...
+        objective: What is minimised: ELBO, IWAE, Renyi, ...
+        patience: Stop when the bound on the validation data has not risen for so many epochs, and keep the best
+            weights.
+    """
+
+    family: Part = Part("Normal")
+    objective: Part = Part("ELBO")
+    patience: int | None = None
+
+    def training(self) -> dict[str, Any]:
+        return super().training() | {"patience": self.patience}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(Settings):
+    """Compare guides: fit each family with each objective to one model, and evaluate all on the same test data.
+
+    Args:
+        guides: Families of the guide's distributions, called as family(features, context).
+        objectives: What is minimised; every family is fitted with every objective.
+        particles: Draws for each test observation, for the log-likelihood.
+        test_rows: Evaluate on the first so many rows of the test data; by default on all.
+    """
+
+    guides: list[Part] = field(default_factory=lambda: [Part("Normal"), Part("MultivariateNormal"), Part("Flow")])
+    objectives: list[Part] = field(default_factory=lambda: [Part("ELBO"), Part("IWAE")])
+    particles: int = 1000
+    test_rows: int | None = None
+
+    def build_guides(self) -> dict[str, tuple[Callable, Objective]]:
+        """Every family with every objective, by name.
+
+        Raises:
+            ValueError: If a name is not known, or two have the same name and options.
+        """
+        pairs = {}
+        for family in self.guides:
+            for objective in self.objectives:
+                name = f"{family!r} {objective!r}"
+                if name in pairs:
+                    raise ValueError(f"'{name}' is there twice; give each guide and each objective once")
+                pairs[name] = (build_family(family), build_objective(objective))
+        if not pairs:
+            raise ValueError("expected at least one family in guides and one objective in objectives")
+        return pairs

@@ -1,0 +1,272 @@
+"""compare: fair, complete on disk, resumable, and clear about what does not fit."""
+
+import functools
+import pickle
+from pathlib import Path
+
+import arviz
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import pyrogen as pg
+from pyrogen.distributions import Flow, MultivariateNormal, Normal
+from pyrogen.experiment import Comparison
+from pyrogen.inference import ELBO, IWAE, AmortizedGuide, NonFiniteLoss, OutputExistsError
+from pyrogen.networks import MLP
+
+TINY = {"epochs": 2, "batch_size": 32, "particles": 8, "progress": False}
+GUIDES = {"mean field": (Normal, ELBO()), "flow": (functools.partial(Flow, layers=1, hidden=(8,)), IWAE(4))}
+
+
+def encoder_of(digits):
+    return lambda: MLP(digits.event_shape, 16, hidden=(16,))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """A comparison with its folder, for tests that only read."""
+    torch.manual_seed(1)
+    model = pg.models.LatentVariableModel(
+        pg.distributions.StandardNormal(2), pg.distributions.Bernoulli(MLP(2, digits.event_shape, hidden=(16,)))
+    )
+    folder = tmp_path_factory.mktemp("comparison") / "out"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table = pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=folder, **TINY)
+    unchanged = all(value.equal(before[name]) for name, value in model.state_dict().items())
+    return table, folder, unchanged
+
+
+def test_table_has_a_row_for_each_guide_and_keeps_the_runs(finished):
+    table, _, _ = finished
+    assert isinstance(table, Comparison)
+    assert [*table.index] == [*table.runs] == [*GUIDES]
+    assert {"elbo", "rate", "distortion", "log_likelihood", "active_units", "seconds", "parameters"} <= {*table}
+    torch.testing.assert_close(
+        torch.tensor(table["elbo"].to_numpy()), -torch.tensor((table["rate"] + table["distortion"]).to_numpy())
+    )
+    guide = table.runs["mean field"].programs
+    assert table.loc["mean field", "parameters"] == sum(p.numel() for p in guide.parameters())
+    assert table.loc["mean field", "seconds"] == table.runs["mean field"].seconds > 0
+
+
+def test_table_prints_rounded_and_survives_pandas(finished):
+    table, _, _ = finished
+    assert f"{table['elbo'].iloc[0]:.2f}" in repr(table)
+    assert "24 test rows" in repr(table) and "8 particles" in repr(table)
+    ordered = table.sort_values("elbo")
+    assert isinstance(ordered, Comparison) and ordered.runs is table.runs
+    assert "ELBO" in repr(table[["elbo"]])
+    assert "–" in repr(table.assign(log_likelihood=[float("nan"), 1.0]))
+
+
+def test_figures_of_the_table_are_those_of_evaluate(finished, digits):
+    table, _, _ = finished
+    for name, run in table.runs.items():
+        alone = pg.evaluate(run, digits.test, particles=8, seed=0)
+        assert table.loc[name, "log_likelihood"] == alone.log_likelihood
+        assert table.loc[name, "elbo"] == alone.elbo
+
+
+def test_the_model_itself_is_not_trained(finished):
+    assert finished[2]
+
+
+def test_equal_entries_get_equal_figures(model, digits):
+    # Same weights, noise and order of data for every fit: otherwise these two rows would differ.
+    twice = {"one": (Normal, ELBO()), "two": (Normal, ELBO())}
+    table = pg.compare(model, twice, encoder=encoder_of(digits), data=digits, **TINY)
+    figures = table.drop(columns="seconds")
+    assert figures.loc["one"].equals(figures.loc["two"])
+    alone = pg.compare(model, {"two": (Normal, ELBO())}, encoder=encoder_of(digits), data=digits, **TINY)
+    assert alone["elbo"].iloc[0] == table.loc["two", "elbo"]
+
+
+def test_an_encoder_module_is_copied(model, digits):
+    encoder = MLP(digits.event_shape, 16, hidden=(16,))
+    table = pg.compare(model, {"a": (Normal, ELBO()), "b": (Normal, ELBO())}, encoder=encoder, data=digits, **TINY)
+    guides = [run.guide for run in table.runs.values()]
+    assert len({id(guide.encoder) for guide in guides} | {id(encoder)}) == 3
+    assert table["elbo"].nunique() == 1
+
+
+def test_objective_is_not_changed(model, digits):
+    objective = ELBO()
+    pg.compare(model, {"a": (Normal, objective)}, encoder=encoder_of(digits), data=digits, **TINY)
+    assert objective.step == 0 and objective.observations is None
+
+
+def test_random_state_is_given_back(model, digits):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    pg.compare(model, {"a": (Normal, ELBO())}, encoder=encoder_of(digits), data=digits, **TINY)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_folder_is_complete(finished):
+    table, folder, _ = finished
+    written = pd.read_csv(folder / "table.csv", index_col="guide")
+    pd.testing.assert_frame_equal(written, pd.DataFrame(table), check_dtype=False)
+    for name in ("samples", "reconstructions", "curves", "latents", "comparison"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
+    configuration = yaml.safe_load((folder / "compare.yaml").read_text())
+    assert [*configuration["guides"]] == [*GUIDES]
+    for slug in ("mean-field", "flow"):
+        assert (folder / slug / "weights.safetensors").is_file()
+
+
+def test_fits_on_disk_load_with_the_same_weights(finished):
+    table, folder, _ = finished
+    loaded = pg.load(folder / "flow")
+    for name, value in table.runs["flow"].programs.state_dict().items():
+        assert loaded.programs.state_dict()[name].equal(value)
+
+
+def test_posteriors_open_with_arviz(finished, digits):
+    _, folder, _ = finished
+    tree = arviz.from_netcdf(folder / "posteriors.nc")
+    posterior = tree["posterior"]
+    assert [*posterior["fit"].values] == [*GUIDES]
+    assert dict(posterior["z"].sizes) == {"fit": 2, "chain": 4, "draw": 250, "observation": 16, "z_dim": 2}
+    assert bool(posterior["z"].notnull().all())
+    assert "fit" not in tree["observed_data"]["x"].dims
+    summary = arviz.summary(tree.sel(fit="flow"), var_names=["z"])
+    assert len(summary) == 32
+
+
+def test_an_existing_folder_is_left_alone(finished, model, digits):
+    _, folder, _ = finished
+    before = contents(folder)
+    with pytest.raises(OutputExistsError, match="exists and is not empty"):
+        pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=folder, **TINY)
+    assert contents(folder) == before
+
+
+def test_bad_input_leaves_a_folder_alone_even_with_overwrite(finished, model, digits):
+    _, folder, _ = finished
+    before = contents(folder)
+    with pytest.raises(ValueError, match="epochs must be"):
+        pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=folder, overwrite=True, epochs=0)
+    with pytest.raises(ValueError, match="outside the support"):
+        pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits.test + 0.5, out=folder, overwrite=True, **TINY)
+    assert contents(folder) == before
+
+
+def test_resume_reads_complete_fits_and_goes_on_with_the_others(model, digits, tmp_path, monkeypatch):
+    whole = pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=tmp_path / "whole", **TINY)
+    stopped = tmp_path / "stopped"
+    fit, fitted = pg.experiment.comparison.fit, []
+
+    def interrupted(*arguments, **options):
+        fitted.append(options["out"].name)
+        if options["out"].name == "flow":
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(pg.experiment.comparison, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=stopped, **TINY)
+    monkeypatch.setattr(pg.experiment.comparison, "fit", fit)
+    weights = (stopped / "mean-field" / "weights.safetensors").read_bytes()
+    table = pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=stopped, resume=True, **TINY)
+    assert fitted == ["mean-field", "flow"]
+    assert (stopped / "mean-field" / "weights.safetensors").read_bytes() == weights
+    pd.testing.assert_frame_equal(pd.DataFrame(table.drop(columns="seconds")), pd.DataFrame(whole.drop(columns="seconds")))
+
+
+def test_resume_refuses_another_comparison(finished, model, digits):
+    _, folder, _ = finished
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"holds another comparison \(options.*'epochs': 2"):
+        pg.compare(
+            model, GUIDES, encoder=encoder_of(digits), data=digits, out=folder, resume=True, **(TINY | {"epochs": 3})
+        )
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("guides", "message"),
+    [
+        ({}, "at least one entry"),
+        ({"a": Normal}, r"must be a pair \(family, objective\)"),
+        ({"a": (Normal, "ELBO")}, r"must be a pair \(family, objective\)"),
+        ({"a b": (Normal, ELBO()), "A-B": (Normal, ELBO())}, "names that give the folder 'a-b'"),
+        ({"a": ({"y": Normal}, ELBO())}, r"family names the sites \['y'\]"),
+    ],
+)
+def test_bad_guides(model, digits, guides, message):
+    with pytest.raises(ValueError, match=message):
+        pg.compare(model, guides, encoder=encoder_of(digits), data=digits, **TINY)
+
+
+def test_a_diverging_fit_is_named(model, digits):
+    with pytest.raises(NonFiniteLoss, match="^wild: the loss is"):
+        pg.compare(
+            model, {"wild": (Normal, ELBO())}, encoder=encoder_of(digits), data=digits, **TINY, learning_rate=1e30
+        )
+
+
+def test_plain_tensors_are_evaluated_as_the_table_says(tmp_path):
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    model = pg.models.ProbabilisticPCA(2, 3)
+    options = {"encoder": lambda: MLP(3, 8, hidden=(8,)), "data": x[:40], **TINY}
+    table = pg.compare(model, {"a": (MultivariateNormal, ELBO())}, **options)
+    assert "40 rows of the training data itself" in repr(table)
+    table = pg.compare(model, {"a": (MultivariateNormal, ELBO())}, test=x[40:], out=tmp_path / "out", **options)
+    assert "20 test rows" in repr(table)
+    assert (tmp_path / "out" / "figures" / "samples.png").is_file()
+    assert not (tmp_path / "out" / "figures" / "reconstructions.png").exists()
+
+
+decoder = nn.Linear(2, 3)
+
+
+def program(x):
+    pyro.module("decoder", decoder)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+
+def calls_program(x):
+    program(x)
+
+
+def test_fits_of_a_plain_function_share_no_weights():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    before = pickle.dumps([p.tolist() for p in decoder.parameters()])
+    twice = {"one": (Normal, ELBO()), "two": (Normal, ELBO())}
+    table = pg.compare(program, twice, encoder=lambda: MLP(3, 8, hidden=(8,)), data=x, **TINY)
+    assert pickle.dumps([p.tolist() for p in decoder.parameters()]) == before
+    assert table["elbo"].nunique() == 1
+    own = [{id(p) for p in run.model.parameters()} for run in table.runs.values()]
+    assert own[0] and not own[0] & own[1]
+    assert any(not p.equal(q) for p, q in zip(table.runs["one"].model.parameters(), decoder.parameters(), strict=True))
+
+
+def test_a_function_that_hides_its_modules_is_refused():
+    with pytest.raises(ValueError, match="write it as a PyroModule"):
+        pg.compare(
+            calls_program, {"a": (Normal, ELBO())}, encoder=lambda: MLP(3, 8), data=torch.randn(10, 3), **TINY
+        )
+
+
+def test_guide_sees_an_example_where_the_model_reads_its_data():
+    def reads(x):
+        size = x.shape[1]
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    table = pg.compare(
+        reads, {"a": (Normal, ELBO())}, encoder=lambda: MLP(3, 8), data=torch.randn(10, 3), **TINY
+    )
+    assert isinstance(table.runs["a"].guide, AmortizedGuide)

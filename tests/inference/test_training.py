@@ -1,0 +1,629 @@
+"""The training loop: it learns, logs, stops, and goes on from a checkpoint bit for bit."""
+
+import functools
+import io
+import re
+import sys
+
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyrogen as pg
+from pyrogen.data import Data
+from pyrogen.distributions import Bernoulli, Flow, Normal, NormalLikelihood, StandardNormal
+from pyrogen.inference import ELBO, IWAE, AmortizedGuide, LinearSchedule, NonFiniteLoss, OutputExistsError, Run, fit
+from pyrogen.inference.checkpoints import read_tensors
+from pyrogen.inference.training import CHECKPOINT
+from pyrogen.models import LatentVariableModel, ProbabilisticPCA
+from pyrogen.networks import MLP
+
+COLUMNS = ["epoch", "step", "loss", "distortion", "rate", "validation", "learning_rate", "seconds", "rows_per_second"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """100 digits to train on, binarised anew at each epoch, and 30 to validate."""
+    whole = pg.data.load("digits")
+    return Data(
+        "few digits",
+        train=whole.train[:100],
+        validation=whole.validation[:30],
+        test=whole.test[:30],
+        values="binary",
+        binarize="dynamic",
+    )
+
+
+def programs(seed=1):
+    """A small model of digits with batch normalisation and dropout in its encoder, and its guide."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, (1, 8, 8), hidden=(16,))))
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.2))
+        return model, AmortizedGuide(model, encoder)
+
+
+def short_fit(data, objective=None, **options):
+    model, guide = programs()
+    options = {"epochs": 4, "batch_size": 32, "progress": False} | options
+    return fit(model, guide, objective or ELBO(), data, **options)
+
+
+def everything(folder):
+    """All of a checkpoint but the times."""
+    tensors, values = read_tensors(folder / CHECKPOINT)
+    history = pd.DataFrame(values.pop("history")).drop(columns=["seconds", "rows_per_second"])
+    for name in ("seconds", "identity"):
+        values.pop(name)
+    return tensors, values, history
+
+
+def assert_same(first, second):
+    """Two folders hold the same training: weights, optimizer, random states, history."""
+    (tensors, values, history), (others, other_values, other_history) = everything(first), everything(second)
+    assert tensors.keys() == others.keys()
+    differing = [name for name in tensors if not torch.equal(tensors[name], others[name])]
+    assert not differing
+    assert values == other_values
+    pd.testing.assert_frame_equal(history, other_history, check_exact=True)
+
+
+class Crash(Exception):
+    """What a test throws into a training."""
+
+
+def crash_at(step, monkeypatch):
+    """Make the training fail before the step of this number, in the middle of its epoch."""
+    from pyrogen.inference.training import _Training
+
+    original = _Training._step
+
+    def failing(self, batch):
+        if self.step == step:
+            raise Crash
+        return original(self, batch)
+
+    monkeypatch.setattr(_Training, "_step", failing)
+
+
+VARIANTS = {
+    "elbo": {},
+    "schedules": {"objective": ELBO(beta=LinearSchedule(steps=10)), "schedule": "cosine"},
+    "own schedule": {"schedule": lambda share: 1.0 - share**2, "gradient_clip": 0.5},
+    "iwae": {"objective": IWAE(3, gradient="doubly reparameterised")},
+    "momentum": {"optimizer": functools.partial(torch.optim.SGD, momentum=0.9), "learning_rate": 1e-2},
+    "adamw": {"optimizer": torch.optim.AdamW, "schedule": "linear"},
+    "patience": {"patience": 3, "validate_every": 1, "learning_rate": 0.5},
+    "double": {"precision": "64-true"},
+}
+
+
+@pytest.mark.parametrize("how", ["callback", "crash"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_resuming_gives_the_run_never_interrupted(options, how, digits, tmp_path, monkeypatch):
+    whole = short_fit(digits, out=tmp_path / "whole", **options)
+    part, resumed = tmp_path / "part", {}
+    if how == "callback":
+        stopped = short_fit(digits, out=part, callbacks=[lambda run: len(run.history) == 2], **options)
+        assert len(stopped.history) == 2
+    else:
+        with monkeypatch.context() as patch:
+            crash_at(10, patch)  # the third epoch is steps 8 to 11
+            with pytest.raises(Crash):
+                short_fit(digits, out=part, **options)
+    torch.rand(7)  # whatever else happens to the random state meanwhile
+    resumed = short_fit(digits, out=part, resume=True, **options)
+    assert_same(tmp_path / "whole", part)
+    for name, value in whole.programs.state_dict().items():
+        assert torch.equal(value, resumed.programs.state_dict()[name]), name
+    assert len(whole.history) >= 3
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_there(digits, tmp_path):
+    short_fit(digits, epochs=None, steps=6, out=tmp_path / "part")
+    short_fit(digits, epochs=None, steps=11, out=tmp_path / "part", resume=True)
+    short_fit(digits, epochs=None, steps=11, out=tmp_path / "whole")
+    tensors, _, history = everything(tmp_path / "part")
+    others, _, _ = everything(tmp_path / "whole")
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+    assert list(history["step"]) == [4, 6, 8, 11]
+
+
+def test_more_epochs_go_on_with_a_finished_run(digits, tmp_path):
+    short_fit(digits, epochs=2, out=tmp_path / "a")
+    longer = short_fit(digits, epochs=4, out=tmp_path / "a", resume=True)
+    assert list(longer.history["epoch"]) == [1, 2, 3, 4]
+    short_fit(digits, epochs=4, out=tmp_path / "b")
+    assert_same(tmp_path / "a", tmp_path / "b")
+    again = short_fit(digits, epochs=4, out=tmp_path / "a", resume=True)
+    assert len(again.history) == 4
+    with pytest.raises(ValueError, match="larger epochs or steps"):
+        short_fit(digits, epochs=3, out=tmp_path / "a", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 16}, "options.batch_size was 32 and is 16"),
+        ({"seed": 5}, "options.seed was 0 and is 5"),
+        ({"learning_rate": 0.1}, "options.learning_rate was 0.001 and is 0.1"),
+        ({"optimizer": torch.optim.SGD}, "options.optimizer was None and is .*SGD"),
+        ({"objective": IWAE(3)}, "objective.class_path was 'pyrogen.inference.ELBO' and is 'pyrogen.inference.IWAE'"),
+        ({"objective": ELBO(beta=0.5)}, "objective.init_args.beta was 1.0 and is 0.5"),
+    ],
+)
+def test_resuming_with_something_changed_is_refused(change, message, digits, tmp_path):
+    short_fit(digits, epochs=1, out=tmp_path / "run")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        short_fit(digits, out=tmp_path / "run", resume=True, **change)
+    assert contents(tmp_path) == before
+
+
+def test_resuming_with_other_rows_or_another_model_is_refused(digits, tmp_path):
+    x = digits.validation
+    short_fit(x, epochs=1, out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"data.rows was 30 and is 20|observations was 30 and is 20"):
+        short_fit(x[:20], epochs=2, out=tmp_path / "run", resume=True)
+    model = LatentVariableModel(StandardNormal(3), Bernoulli(MLP(3, (1, 8, 8))))
+    with pytest.raises(ValueError, match="written by a fit that differs: model.init_args.prior"):
+        fit(model, AmortizedGuide(model, MLP((1, 8, 8), 8)), ELBO(), x, epochs=2, out=tmp_path / "run", resume=True)
+
+
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other"])
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(damage, digits, tmp_path):
+    short_fit(digits, epochs=1, out=tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    data = {
+        "truncated": path.read_bytes()[:-100],
+        "garbage": b"\x00garbage" * 50,
+        "empty": b"",
+        "other": (tmp_path / "run" / "weights.safetensors").read_bytes(),
+    }[damage]
+    path.write_bytes(data)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        short_fit(digits, out=tmp_path / "run", resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_an_output_folder_is_never_overwritten_unasked(digits, tmp_path):
+    short_fit(digits, epochs=1, out=tmp_path / "run")
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match="exists and is not empty"):
+        short_fit(digits, out=tmp_path / "run")
+    assert contents(tmp_path) == before
+    for bad in ({"device": "abacus"}, {"epochs": 0}, {"optimizer": functools.partial(torch.optim.SGD, nonsense=1)}):
+        with pytest.raises((ValueError, TypeError)):
+            short_fit(digits, out=tmp_path / "run", overwrite=True, **bad)
+        with pytest.raises(ValueError, match="the data lie outside"):
+            short_fit(torch.full((8, 1, 8, 8), 0.5), out=tmp_path / "run", overwrite=True)
+        assert contents(tmp_path) == before
+    run = short_fit(digits, epochs=2, out=tmp_path / "run", overwrite=True)
+    assert len(run.history) == len(pg.load(tmp_path / "run").history) == 2
+
+
+def test_a_folder_that_no_run_wrote_is_neither_overwritten_nor_resumed(digits, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for option in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(OutputExistsError, match=r"holds no run of pyrogen's"):
+            short_fit(digits, out=tmp_path, **option)
+    assert contents(tmp_path) == {tmp_path / "thesis.txt": b"years of work"}
+    with pytest.raises(OutputExistsError, match="is a file"):
+        short_fit(digits, out=tmp_path / "thesis.txt", overwrite=True)
+
+
+def test_a_run_that_crashed_in_its_first_epoch_can_be_begun_again(digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_at(2, patch)
+        with pytest.raises(Crash):
+            short_fit(digits, out=tmp_path / "run")
+    assert len(short_fit(digits, epochs=1, out=tmp_path / "run", resume=True).history) == 1
+
+
+def test_training_learns_in_place_and_the_history_is_as_documented(digits, tmp_path):
+    model, guide = programs()
+    seen = []
+    objective = ELBO()
+    run = fit(
+        model,
+        guide,
+        objective,
+        digits,
+        epochs=30,
+        batch_size=32,
+        learning_rate=1e-2,
+        validate_every=4,
+        callbacks=[lambda run: seen.append(len(run.history))],
+        progress=False,
+        out=tmp_path / "run",
+    )
+    assert isinstance(run, Run) and run.model is model and run.guide is guide
+    assert objective.step == 0 and objective.observations is None  # the caller's objective stays as it was
+    assert seen == list(range(1, 31))
+    history = run.history
+    assert list(history.columns) == COLUMNS
+    assert list(history["epoch"]) == seen and list(history["step"]) == [4 * n for n in seen]
+    # 100 random binary digits start at 64 log 2 = 44.4 nats.
+    assert 40 < history["loss"].iloc[0] < 50 and history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
+    torch.testing.assert_close(
+        torch.tensor(history["loss"]), torch.tensor(history["distortion"] + history["rate"]), rtol=1e-5, atol=1e-4
+    )
+    assert list(history["epoch"][history["validation"].notna()]) == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert -50 < history["validation"].iloc[-1] < -15
+    assert not model.training and not guide.training
+    pd.testing.assert_frame_equal(pg.load(tmp_path / "run").history, history, check_exact=True)
+    logged = pd.read_csv(tmp_path / "run" / "history.csv")
+    pd.testing.assert_frame_equal(logged, history, rtol=1e-9)
+    assert list((tmp_path / "run" / "logs").glob("events.out.tfevents.*"))
+
+
+def test_the_validation_bound_is_the_objectives_own(digits):
+    """At fixed weights: the mean over the validation rows of IWAE's bound, from the seed."""
+    model, guide = programs()
+    run = fit(
+        model,
+        guide,
+        IWAE(500),
+        digits,
+        epochs=1,
+        batch_size=100,
+        learning_rate=1e-9,
+        progress=False,
+    )
+    with torch.no_grad():
+        bounds = torch.cat([IWAE(5000).bound(model, guide, x[None].float()) for x in digits.validation])
+    # 30 rows, each bound's noise below 0.02 nats: the mean's below 0.004.
+    assert run.history["validation"].iloc[-1] == pytest.approx(float(bounds.mean()), abs=0.02)
+
+
+def test_steps_may_be_fewer_than_an_epoch_and_the_last_batch_may_be_partial(digits):
+    run = short_fit(digits, epochs=None, steps=2)
+    assert list(run.history["step"]) == [2] and run.history["validation"].notna().all()
+    sizes = []
+    x = digits.validation.float()
+
+    def model(x):
+        sizes.append(len(x))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(-1, 64), 1.0).to_event(1), obs=x.flatten(1))
+
+    guide = AmortizedGuide(model, nn.Flatten(), example=x[:2])
+    sizes.clear()
+    fit(model, guide, ELBO(), x, epochs=1, batch_size=16, progress=False)
+    assert sizes[-2:] == [16, 14]
+
+
+def test_patience_stops_and_keeps_the_best_weights(digits):
+    """With an absurd learning rate the bound falls sooner or later."""
+    saved = {}
+
+    def keep(run):
+        saved[len(run.history)] = {name: value.clone() for name, value in run.programs.state_dict().items()}
+
+    run = short_fit(digits, epochs=60, learning_rate=0.3, patience=2, callbacks=[keep])
+    best = int(run.history["validation"].idxmax()) + 1
+    assert len(run.history) == best + 2 < 60
+    for name, value in run.programs.state_dict().items():
+        assert torch.equal(value, saved[best][name])
+
+
+def test_any_callback_can_stop_and_all_are_called(digits):
+    calls = []
+    callbacks = [lambda run: calls.append("a") or True, lambda run: calls.append("b")]
+    assert len(short_fit(digits, callbacks=callbacks).history) == 1
+    assert calls == ["a", "b"]
+
+
+def test_what_callbacks_draw_changes_nothing(digits):
+    quiet, noisy = short_fit(digits), short_fit(digits, callbacks=[lambda run: print(end=str(torch.rand(3))[:0])])
+    assert all(map(torch.equal, quiet.programs.state_dict().values(), noisy.programs.state_dict().values()))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", lambda share: 1 / (1 + share)])
+def test_schedules_give_the_learning_rate_of_the_epochs_last_step(schedule, digits):
+    run = short_fit(digits, schedule=schedule, learning_rate=1e-3)
+    shares = [3 / 16, 7 / 16, 11 / 16, 15 / 16]
+    factors = {
+        "constant": [1.0] * 4,
+        "linear": [13 / 16, 9 / 16, 5 / 16, 1 / 16],
+        "cosine": [0.91573480615, 0.59754516100, 0.22221488349, 0.00960735979],  # (1 + cos πs) / 2
+    }
+    expected = factors[schedule] if isinstance(schedule, str) else [1 / (1 + share) for share in shares]
+    assert list(run.history["learning_rate"]) == pytest.approx([1e-3 * factor for factor in expected], rel=1e-9)
+
+
+def test_gradients_are_clipped(digits):
+    model, guide = programs()
+    before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
+    fit(
+        model,
+        guide,
+        ELBO(),
+        digits,
+        steps=1,
+        learning_rate=1.0,
+        optimizer=torch.optim.SGD,
+        gradient_clip=0.25,
+        progress=False,
+    )
+    moved = zip((*model.parameters(), *guide.parameters()), before, strict=True)
+    assert float(sum((p - old).square().sum() for p, old in moved).sqrt()) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-mixed", torch.float32)])
+def test_precisions_run_on_the_cpu(precision, dtype, digits, tmp_path):
+    run = short_fit(digits, precision=precision, out=tmp_path / "run")
+    assert {p.dtype for p in run.programs.parameters()} == {dtype}
+    assert run.history["loss"].iloc[-1] < run.history["loss"].iloc[0]
+    loaded = pg.load(tmp_path / "run")
+    x = digits.validation[:4].to(dtype)
+    bounds = []
+    for each in (run, loaded):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            bounds.append(ELBO().bound(each.model, each.guide, x))
+    assert torch.equal(*bounds)
+
+
+def test_data_take_the_models_precision(digits):
+    model = ProbabilisticPCA(2, 5)
+    guide = AmortizedGuide(model, nn.Identity(), Normal)
+    run = fit(model, guide, ELBO(), torch.randn(20, 5, dtype=torch.float64), epochs=1, progress=False)
+    assert next(run.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [{"device": "abacus"}, {"device": "cpu:x"}, {"precision": "3-true"}, {"device": 3}])
+def test_unknown_devices_and_precisions_are_refused(bad, digits):
+    with pytest.raises(ValueError, match="device|precision"):
+        short_fit(digits, **bad)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_a_clear_error(digits):
+    with pytest.raises(ValueError, match="device='cuda'"):
+        short_fit(digits, device="cuda")
+
+
+def test_the_progress_bar_shows_the_time_left(digits, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "200")
+    short_fit(digits, progress=True)
+    assert re.search(r"fit .*16/16 .*left \d:\d\d:\d\d.* loss \d+\.\d\d", screen.getvalue())
+
+
+def test_nothing_is_printed_without_progress(digits, capfd, tmp_path):
+    short_fit(digits, out=tmp_path / "run")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_random_state_of_the_caller_is_given_back(digits, monkeypatch):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    model, guide = programs()
+    fit(model, guide, ELBO(), digits, epochs=1, progress=False)
+    assert torch.equal(torch.rand(2), expected)
+    torch.manual_seed(3)
+    crash_at(2, monkeypatch)
+    with pytest.raises(Crash), pyro.validation_enabled(True):
+        fit(model, guide, ELBO(), digits, epochs=1, progress=False)
+    assert torch.equal(torch.rand(2), expected)
+    assert not model.training
+
+
+def test_the_seed_alone_decides(digits):
+    torch.manual_seed(1)
+    first = short_fit(digits, seed=4)
+    torch.manual_seed(2)
+    second, other = short_fit(digits, seed=4), short_fit(digits, seed=5)
+    states = [run.programs.state_dict() for run in (first, second, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not any(torch.equal(states[0][n], states[2][n]) for n, p in first.programs.named_parameters())
+
+
+class Poisoned(nn.Module):
+    """A conditional distribution whose location turns to NaN at the n-th training call."""
+
+    def __init__(self, inner, calls):
+        super().__init__()
+        self.inner = inner
+        self.calls = calls
+        self.count = 0
+
+    def forward(self, context=None):
+        self.count += self.training
+        q = self.inner(context)
+        if self.training and self.count == self.calls:
+            loc = torch.full(q.batch_shape + q.event_shape, torch.nan)
+            return dist.Normal(loc, 1.0).to_event(len(q.event_shape))
+        return q
+
+
+@pytest.mark.parametrize("place", ["likelihood", "guide", "prior"])
+def test_a_nan_loss_stops_names_its_site_and_leaves_the_checkpoint(place, tmp_path):
+    x = torch.randn(64, 5)
+
+    def build(calls):
+        def poisoned(part, where):
+            return Poisoned(part, calls) if place == where else part
+
+        torch.manual_seed(0)
+        model = LatentVariableModel(
+            poisoned(StandardNormal(2), "prior"), poisoned(NormalLikelihood(MLP(2, 5)), "likelihood")
+        )
+        guide = AmortizedGuide(model, MLP(5, 8))
+        guide.conditionals["z"] = poisoned(guide.conditionals["z"], "guide")
+        return model, guide
+
+    sites = {"likelihood": "observed site 'x'", "guide": "guide's site 'z'", "prior": "latent site 'z'"}
+    options = {"epochs": 4, "batch_size": 16, "progress": False, "out": tmp_path / "run"}
+    with pytest.raises(NonFiniteLoss, match=rf"at step 10 \(epoch 3\); it began at .*{sites[place]}.*last good") as error:
+        fit(*build(10), ELBO(), x, **options)
+    assert str(tmp_path / "run" / CHECKPOINT) in str(error.value)
+    model, guide = build(0)
+    loaded = pg.load(tmp_path / "run", model=model, guide=guide)
+    assert all(torch.isfinite(p).all() for p in loaded.programs.parameters()) and len(loaded.history) == 2
+
+
+def test_a_run_goes_on_after_a_nan(digits, tmp_path, monkeypatch):
+    """The same as without the mishap, once its cause is gone."""
+    with monkeypatch.context() as patch:
+        count = iter(range(100))
+        original = ELBO.loss_of
+        patch.setattr(ELBO, "loss_of", lambda self, terms: original(self, terms) * (1 if next(count) < 9 else torch.nan))
+        with pytest.raises(NonFiniteLoss, match="it began at the objective itself"):
+            short_fit(digits, out=tmp_path / "part")
+    short_fit(digits, out=tmp_path / "part", resume=True)
+    short_fit(digits, out=tmp_path / "whole")
+    assert_same(tmp_path / "part", tmp_path / "whole")
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.nan
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_weights_that_a_gradient_spoiled_are_never_kept(clip, digits, tmp_path, monkeypatch):
+    original, steps = ELBO.loss_of, iter(range(100))
+
+    def loss_of(self, terms):
+        loss = original(self, terms)
+        return BadGradient.apply(loss) if next(steps) == 7 else loss  # the last step of the second epoch
+
+    monkeypatch.setattr(ELBO, "loss_of", loss_of)
+    with pytest.raises(NonFiniteLoss, match="spoiled weights"):
+        short_fit(digits, out=tmp_path / "run", gradient_clip=clip)
+    loaded = pg.load(tmp_path / "run")
+    assert len(loaded.history) == 1 and all(torch.isfinite(p).all() for p in loaded.programs.parameters())
+
+
+def test_plain_functions_train_with_their_modules_parameters_and_buffers(digits, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        decoder = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 64))
+        encoder = nn.Linear(64, 4)
+
+        def model(x):
+            pyro.module("decoder", decoder)
+            scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x.flatten(1))
+
+        def guide(x):
+            pyro.module("encoder", encoder)
+            shift = pyro.param("shift", torch.zeros(2))
+            loc, raw = encoder(x.flatten(1)).chunk(2, -1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc + shift, raw.exp()).to_event(1))
+
+        return model, guide, decoder
+
+    model, guide, decoder = build()
+    out = tmp_path / "run"
+    run = fit(model, guide, ELBO(), digits, epochs=4, batch_size=32, learning_rate=1e-2, progress=False, out=out)
+    assert run.history["loss"].iloc[-1] < run.history["loss"].iloc[0]
+    assert int(decoder[1].num_batches_tracked) == 16
+    names = run.programs.state_dict()
+    assert not torch.equal(names["model.scale"], torch.zeros(2)) and not torch.equal(
+        names["guide.shift"], torch.zeros(2)
+    )
+    assert not pyro.get_param_store().keys()
+    other_model, other_guide, other_decoder = build()
+    loaded = pg.load(out, model=other_model, guide=other_guide)
+    assert torch.equal(other_decoder[1].running_mean, decoder[1].running_mean)
+    x = digits.test.float()
+    bounds = []
+    for each in (run, loaded):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            bounds.append(ELBO().bound(each.model, each.guide, x))
+    assert torch.equal(*bounds)
+
+
+def test_two_fits_in_one_process_share_no_parameters_by_name():
+    def build(scale):
+        def model(x):
+            loc = pyro.param("loc", torch.zeros(()))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+        return model
+
+    pyro.param("loc", torch.tensor(7.0))
+    try:
+        options = {"epochs": 60, "batch_size": 50, "learning_rate": 0.1, "progress": False}
+        first = fit(build(1.0), None, ELBO(), torch.randn(200) + 3, **options)
+        second = fit(build(1.0), None, ELBO(), torch.randn(200) - 3, **options)
+        # The mean of 200 draws has standard error 0.07; the last steps of Adam move by at most 0.1.
+        assert float(first.model.loc) == pytest.approx(3, abs=0.5)
+        assert float(second.model.loc) == pytest.approx(-3, abs=0.5)
+        assert float(pyro.param("loc")) == 7
+    finally:
+        pyro.clear_param_store()
+
+
+def test_a_model_is_fitted_again_and_with_another_guide(digits):
+    model, guide = programs()
+    fit(model, guide, ELBO(), digits, epochs=1, progress=False, precision="64-true")
+    fit(model, guide, ELBO(), digits, epochs=1, progress=False)
+    assert next(model.parameters()).dtype == torch.float64
+    other = LatentVariableModel(StandardNormal(2), model.likelihood)
+    with pytest.raises(ValueError, match="no guide for them"):
+        fit(other, None, ELBO(), digits, epochs=1, progress=False)
+
+
+def test_flows_train_with_particles(digits):
+    model, _ = programs()
+    guide = AmortizedGuide(model, MLP((1, 8, 8), 8), functools.partial(Flow, layers=1))
+    run = fit(model, guide, ELBO(4), digits, epochs=3, learning_rate=1e-2, batch_size=20, progress=False)
+    assert run.history["loss"].iloc[-1] < run.history["loss"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"epochs": None}, "either epochs or steps"),
+        ({"steps": 3}, "either epochs or steps"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number"),
+        ({"schedule": "exponential"}, "schedule is 'constant'"),
+        ({"optimizer": "adam"}, "optimizer is a callable"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"resume": True}, "resume needs out="),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(bad, message, digits):
+    with pytest.raises(ValueError, match=message):
+        short_fit(digits, **bad)
+
+
+def test_patience_needs_validation_data_and_an_objective_must_be_ours(digits):
+    with pytest.raises(ValueError, match="patience needs validation data"):
+        short_fit(digits.validation, patience=2)
+    with pytest.raises(TypeError, match="expected an objective"):
+        short_fit(digits, objective=pyro.infer.Trace_ELBO())
+    frozen = ProbabilisticPCA(2, 5).requires_grad_(False)
+    with pytest.raises(ValueError, match="has a parameter to train"):
+        fit(frozen, AmortizedGuide(frozen, nn.Identity()).requires_grad_(False), ELBO(), torch.randn(9, 5), epochs=1)
