@@ -40,7 +40,7 @@ TRUSTED = (
 
 _FILE_PREFIX = "_pyrogen_file_"
 _KEYS = ("class_path", "reference", "partial")
-_WITHOUT_ARGUMENTS = (object.__init__, nn.Module.__init__, PyroModule.__init__)
+_WITHOUT_ARGUMENTS = (object.__init__, nn.Module.__init__, nn.Identity.__init__, PyroModule.__init__)
 
 
 def describe(value: Any, _seen: dict[int, tuple[Any, Any]] | None = None) -> Any:
@@ -127,9 +127,11 @@ def _describe_object(value: Any, seen: dict[int, tuple[Any, Any]]) -> dict[str, 
 def _arguments(value: Any, seen: dict[int, tuple[Any, Any]]) -> dict[str, Any]:
     """The arguments of an object's constructor, by name."""
     constructor = type(value).__init__
+    if type(value).__new__ is not object.__new__ or not hasattr(value, "__dict__"):
+        raise ValueError(f"{value!r} keeps its arguments where they can't be read back; make it inside what needs it")
     if constructor in _WITHOUT_ARGUMENTS:
         return {}
-    of_torch = type(value).__module__.startswith("torch.")
+    of_torch = getattr(constructor, "__module__", "").startswith("torch.")
     arguments = {}
     for name, parameter in [*inspect.signature(constructor).parameters.items()][1:]:
         if of_torch and (name in ("device", "dtype") or name.startswith("_")):

@@ -34,7 +34,9 @@ def atomically(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
     try:
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes a file anew, for its owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -149,7 +149,7 @@ def check_values(model: Callable, batches: Batches) -> None:
     All rows are read once. A support that follows from other draws, as that of Uniform(0, z), is not checked.
 
     Raises:
-        ValueError: Naming the site, what it expects and what the data hold.
+        ValueError: Naming the site, what it expects and what the data hold; without a ``"data"`` plate.
     """
     home = first_parameter(model)
     if home is None:
@@ -158,7 +158,9 @@ def check_values(model: Callable, batches: Batches) -> None:
     if batches.dtype is None and home.is_floating_point():
         batches = dataclasses.replace(batches, dtype=home.dtype)
     batch = tuple(x.to(device) for x in batches.first())
-    sites = observed_sites(prototype(model, *batch))
+    trace = prototype(model, *batch)
+    _check_data_plate(trace, len(batch[0]))
+    sites = observed_sites(trace)
     for name, node in sites.items():
         expected, came = tuple(node["fn"].shape()), tuple(node["value"].shape)
         if expected != came:

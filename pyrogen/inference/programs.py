@@ -4,6 +4,7 @@ A *program* is any Pyro callable. Its per-observation sites stand in the plate n
 global.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
         if _is_observed(node):
             continue
         support = _of_components(node["fn"].support)
+        support = _without_batch(name, support, node["fn"].event_dim)
         if support.is_discrete:
             raise ValueError(
                 f"latent site '{name}' is discrete (support {support}); expected continuous latent sites, whose "
@@ -93,6 +95,25 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
         plates = tuple(sorted(frames, key=lambda frame: -frame.dim))
         sites[name] = Site(name, tuple(node["fn"].event_shape), support, plates)
     return sites
+
+
+def _without_batch(name: str, support: Any, event_dim: int) -> constraints.Constraint:
+    """A support whose bounds have the event's shape, where a plate has spread them over its elements."""
+    base, changed = copy.copy(bare(support)), False
+    for bound in ("lower_bound", "upper_bound"):
+        value = getattr(base, bound, None)
+        if isinstance(value, Tensor) and value.dim() > event_dim:
+            each = value.flatten(0, value.dim() - event_dim - 1)
+            if not (each == each[0]).all():
+                raise ValueError(
+                    f"the support of latent site '{name}' differs from one observation or plate element to the other "
+                    f"({bound} {each.tolist()}); draw a value on a fixed support and map it in the program"
+                )
+            setattr(base, bound, each[0])
+            changed = True
+    if not changed:
+        return support
+    return constraints.independent(base, event_dim) if event_dim else base
 
 
 def _of_components(support: Any) -> constraints.Constraint:
@@ -141,8 +162,11 @@ def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluation_mode(program: Callable) -> Iterator[None]:
-    modules = list(program.modules()) if isinstance(program, nn.Module) else []
+    roots = [program] if isinstance(program, nn.Module) else _modules_referred_to(program).values()
+    modules = [module for root in roots for module in root.modules()]
     modes = [module.training for module in modules]
+    # Pyro's store would have every parameter that it sees trained.
+    frozen = [p for module in modules for p in module.parameters(recurse=False) if not p.requires_grad]
     for module in modules:
         module.training = False
     try:
@@ -150,6 +174,8 @@ def _evaluation_mode(program: Callable) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> poutine.Trace:
@@ -188,7 +214,12 @@ class Program(nn.Module):
         self.function = function
         self.modules_of = nn.ModuleDict(_modules_referred_to(function))
         self._store: Any = {"params": {}, "constraints": {}}
-        with pyro.get_param_store().scope(self._store), torch.random.fork_rng(), poutine.block():
+        with (
+            pyro.get_param_store().scope(self._store),
+            torch.random.fork_rng(),
+            poutine.block(),
+            _evaluation_mode(function),
+        ):
             poutine.trace(function).get_trace(*batch)
         known = {id(parameter) for parameter in self.parameters()}
         for name, value in self._store["params"].items():

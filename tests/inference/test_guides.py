@@ -80,6 +80,34 @@ def test_draws_lie_in_the_supports_and_densities_agree_with_the_model(family):
     assert torch.isfinite(ELBO(3)(supports, guide)(x))
 
 
+@pytest.mark.parametrize(
+    "prior", [dist.Uniform(2.0, 5.0), dist.Pareto(1.0, 3.0), dist.Uniform(torch.zeros(2), torch.tensor([1.0, 4.0]))]
+)
+def test_bounded_supports_hold_for_any_number_of_rows(prior):
+    event = prior.to_event(len(prior.batch_shape)) if prior.batch_shape else prior
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", event)
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(event.event_dim), obs=x)
+
+    x = torch.rand(6, *event.event_shape) + 1
+    guide = AmortizedGuide(model, nn.Flatten() if event.event_dim else nn.Unflatten(0, (-1, 1)))
+    z = guide(x)["z"]
+    assert z.shape == x.shape and event.support.check(z).all()
+    assert torch.isfinite(IWAE(3)(model, guide)(x))
+
+
+def test_support_that_differs_between_observations_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0 + torch.arange(len(x))))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="differs from one observation"):
+        AmortizedGuide(model, nn.Identity())
+
+
 def test_density_of_a_mapped_site_counts_the_jacobian():
     """A normal guide on a positive site is a log-normal."""
     x = torch.rand(7, 3)
