@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
 from pyrogen.distributions.families import Parameters, positive_scale
-from pyrogen.distributions.flow_transforms import BUILDERS, Builder, Layer, Name, element_wise_spline, shrink
+from pyrogen.distributions.flow_transforms import BUILDERS, Builder, Layer, Name, element_wise_spline
 from pyrogen.networks.mlp import as_shape
 
 __all__ = ["Flow"]
@@ -32,7 +32,7 @@ class Flow(nn.Module):
     with :math:`T_l` the transforms and :math:`P_l` fixed permutations, which are kept in the state dict. The
     location and the scale are a linear map of the context, or free parameters without one, so the family
     contains the mean-field normal one, and the box of a spline stands where the mass is. Every transform
-    starts near the identity: an untrained flow is nearly N(0, I), and no loss starts at infinity.
+    starts near the identity and the scale at 1: an untrained flow is nearly the mean-field normal one.
 
     Transforms, by name:
 
@@ -113,8 +113,7 @@ class Flow(nn.Module):
         build = builder(transform, size)
         self.steps = nn.ModuleList(checked(build(size, context, widths), transform) for _ in range(layers))
         self.affine = Parameters(2 * size, context)
-        if context:
-            shrink(self.affine.linear)
+        self.affine.start_at(torch.zeros(size), size)
         self.register_buffer("permutations", permutations(size, layers))
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 

@@ -8,8 +8,6 @@ from torch import Size, Tensor, nn
 
 __all__ = ["MLP", "as_shape", "dense", "initialise", "leading_shape"]
 
-OUTPUT_SCALE = 0.1
-
 
 def as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
     """An event shape from an integer or a shape: ``8`` means ``(8,)``."""
@@ -43,17 +41,17 @@ def dense(sizes: Sequence[int], activation: type[nn.Module]) -> list[nn.Module]:
 
 
 def initialise(network: nn.Module, last: nn.Module) -> None:
-    r"""Initialise a network: He's weights for hidden layers, small ones for the ``last``, zero biases.
+    r"""Initialise a network: He's weights for hidden layers, LeCun's for the ``last``, zero biases.
 
     Hidden weights have variance :math:`2 / \text{fan-in}` (He et al. 2015, *Delving deep into rectifiers*,
-    1502.01852), so that the signal keeps its size at any depth. The last layer's have standard deviation
-    :math:`0.1 / \sqrt{\text{fan-in}}`: for standardised inputs the outputs start at about 0.1 or less, so
-    that whatever reads them as a mean, a logit or a log-scale starts near its neutral value and no loss
-    starts at infinity.
+    1502.01852) and the last layer's :math:`1 / \text{fan-in}`, so that the signal keeps its size at any depth:
+    for standardised inputs the outputs start at about 1. Whatever reads them as a mean, a logit or a log-scale
+    starts near its neutral value and no loss starts at infinity; features that tell inputs apart from the start
+    keep a posterior from collapsing onto its prior before the decoder has learned to listen.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            scale = OUTPUT_SCALE if layer is last else math.sqrt(2)
+            scale = 1.0 if layer is last else math.sqrt(2)
             nn.init.normal_(layer.weight, std=scale / math.sqrt(fan_in(layer)))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -82,7 +80,7 @@ class MLP(nn.Module):
     Shapes:
         input ``(..., *I)`` gives ``(..., *O)``, with any leading batch dimensions.
 
-    The outputs start at about 0.1 or less for standardised inputs (see :func:`initialise`).
+    The outputs start at about 1 for standardised inputs (see :func:`initialise`).
 
     Raises:
         ValueError: When called on an input whose trailing shape is not ``I``.
