@@ -110,11 +110,11 @@ def train_and_evaluate(data: pg.data.Data, epochs: int, particles: int, images: 
     torch.manual_seed(seed)
     loop = HandWritten(fused=True)
     seconds = loop.train(data.train, epochs * math.ceil(len(data.train) / BATCH))
-    print(f"{'hand-written ELBO':26s} {loop.log_likelihood(x, particles):8.2f} nats            {seconds:6.0f} s")
+    print(f"{'hand-written ELBO':26s} {loop.log_likelihood(x, particles):8.2f} nats {seconds:20.0f} s", flush=True)
     guides = {
         "ELBO": (Normal, ELBO()),
         "ELBO, flow posterior": (partial(Flow, layers=2, hidden=(HIDDEN,)), ELBO()),
-        "IWAE, 8 particles": (Normal, IWAE(8)),
+        "IWAE, 5 particles": (Normal, IWAE(5)),
     }
     for name, (family, objective) in guides.items():
         torch.manual_seed(seed)
@@ -134,7 +134,7 @@ def train_and_evaluate(data: pg.data.Data, epochs: int, particles: int, images: 
         mean = estimate.log_likelihood.mean().item()
         error = estimate.log_likelihood.std().item() / math.sqrt(len(x))
         rate = epochs * len(data.train) / run.seconds
-        print(f"{'pyrogen ' + name:26s} {mean:8.2f} ± {error:.2f} nats {run.seconds:13.0f} s {rate:9.0f} images/s")
+        print(f"{'pyrogen ' + name:26s} {mean:8.2f} ± {error:.2f} nats {run.seconds:13.0f} s {rate:9.0f} images/s", flush=True)
 
 
 def main() -> None:

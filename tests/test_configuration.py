@@ -235,7 +235,7 @@ HOSTILE = [
     "pyrogen.inference.run.pd",
     "pyrogen.inference.load",
     "pyrogen.inference.fit",
-    "pyrogen.inference.training._Training",
+    "pyrogen.inference.loop.Training",
     "pyrogen.data.load",
     "pyrogen.load",
     "evil.py:Model",

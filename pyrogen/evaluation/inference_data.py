@@ -16,9 +16,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrogen.evaluation.running import ROWS, Prepared, by_row, pair_passes, passes, prepared
-from pyrogen.inference.objectives import Terms
 from pyrogen.inference.programs import data_frame, sample_sites
 from pyrogen.inference.run import Run
+from pyrogen.inference.terms import Terms
 
 __all__ = ["assemble", "to_arviz"]
 

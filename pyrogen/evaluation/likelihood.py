@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, prepared
-from pyrogen.inference.objectives import Terms
+from pyrogen.inference.terms import Terms
 
 __all__ = ["ImportanceSampling", "importance_sampling", "log_likelihood"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pyrogen.inference.batches import Batches, as_batch, check_data
 from pyrogen.inference.checks import check_programs, check_values, first_parameter, modules_of
-from pyrogen.inference.objectives import Terms, run_programs
 from pyrogen.inference.programs import (
     Copies,
     Site,
@@ -24,6 +23,7 @@ from pyrogen.inference.programs import (
     repeat,
     sample_sites,
 )
+from pyrogen.inference.terms import Terms, run_programs
 
 __all__ = ["ROWS", "Prepared", "by_row", "means", "pair_passes", "passes", "prepared"]
 

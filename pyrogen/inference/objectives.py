@@ -16,83 +16,20 @@ so that the expected loss of a minibatch is that of the whole data set.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
 import pyro.infer
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
-from pyrogen.inference.divergences import closed_form_kl, kl_by_dimension
-from pyrogen.inference.programs import (
-    Copies,
-    data_frame,
-    observed_sites,
-    per_row,
-    repeat,
-    sample_sites,
-    unregistered,
-)
+from pyrogen.inference.divergences import kl_by_dimension
+from pyrogen.inference.programs import data_frame, unregistered
+from pyrogen.inference.terms import Terms, run_programs
 
-__all__ = ["ELBO", "IWAE", "Estimate", "Objective", "Renyi", "Terms", "run_programs"]
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What one run of guide and model says, site by site, in nats.
-
-    Attributes:
-        log_likelihoods: log p(x | z) at each observed site, ``(K, B)``.
-        ratios: log q − log p at each per-observation latent site, ``(K, B)``; its expectation where a closed form was
-            used.
-        global_ratios: The same at each global site, ``()``.
-        observations: How many observations the whole data set has.
-        guide_trace, model_trace: The traces themselves, of ``K * B`` rows.
-    """
-
-    log_likelihoods: dict[str, Tensor]
-    ratios: dict[str, Tensor]
-    global_ratios: dict[str, Tensor]
-    observations: int
-    guide_trace: poutine.Trace
-    model_trace: poutine.Trace
-
-    @property
-    def log_likelihood(self) -> Tensor:
-        return _total(self.log_likelihoods)
-
-    @property
-    def ratio(self) -> Tensor:
-        return _total(self.ratios) if self.ratios else torch.zeros_like(self.log_likelihood)
-
-    @property
-    def log_weights(self) -> Tensor:
-        """log w of shape ``(K, B)``, without global sites."""
-        return self.log_likelihood - self.ratio
-
-    @property
-    def global_rate(self) -> Tensor | float:
-        """Divergence of the global sites per observation."""
-        return _total(self.global_ratios) / self.observations if self.global_ratios else 0.0
-
-    def origin_of_nan(self) -> str:
-        """Where a value that is not finite appears first."""
-        for name, node in sample_sites(self.guide_trace).items():
-            if not torch.isfinite(node["value"]).all():
-                return f"the draw of the guide's site '{name}'"
-            if name in self.ratios and not torch.isfinite(self.ratios[name]).all():
-                return f"the log-density ratio of the latent site '{name}'"
-            if name in self.global_ratios and not torch.isfinite(self.global_ratios[name]).all():
-                return f"the log-density ratio of the global site '{name}'"
-        for name, value in self.log_likelihoods.items():
-            if not torch.isfinite(value).all():
-                return f"the log-likelihood of the observed site '{name}'"
-        return "the objective itself, with every site finite"
+__all__ = ["ELBO", "IWAE", "Estimate", "Objective", "ObjectiveModule", "Renyi"]
 
 
 @dataclass(frozen=True)
@@ -379,129 +316,3 @@ class _WeightedDraws:
         for passed, axis in self.passed:
             rows = weights.reshape(-1, *(1,) * (-axis - 1))
             passed.register_hook(lambda gradient, rows=rows: gradient * rows)
-
-
-def run_programs(
-    model: Callable,
-    guide: Callable,
-    batch: tuple[Tensor, ...],
-    particles: int = 1,
-    *,
-    observations: int | None = None,
-    closed_form: bool = False,
-    frozen_guide: bool = False,
-    through: Callable[[dict[str, Any]], Tensor] | None = None,
-) -> Terms:
-    """Draw from the guide, run the model on the draws, and compare the two site by site.
-
-    Args:
-        model, guide: Programs with the same latent sites.
-        batch: Tensors of B rows.
-        particles: Number K of copies of each row.
-        observations: How many observations the whole data set has; by default what the ``"data"`` plate says.
-        closed_form: Use closed-form divergences where they exist and are valid.
-        frozen_guide: Evaluate log q with the guide's parameters detached.
-        through: What the guide's draws pass through before model and log q see them.
-
-    Raises:
-        ValueError: If the guide's sites are not the model's latent ones, or one has no reparameterised sample.
-    """
-    rows = repeat(batch, particles)
-    with Copies(particles):
-        guide_trace = poutine.trace(guide).get_trace(*rows)
-        if frozen_guide:
-            guide_trace = _frozen_replay(guide, guide_trace, rows, through)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*rows)
-    drawn, modelled = sample_sites(guide_trace), sample_sites(model_trace)
-    latents = [name for name, node in modelled.items() if not node["is_observed"]]
-    _check_latents(drawn, latents)
-    same_order = closed_form and [name for name in drawn if name in modelled] == latents
-    ratios, global_ratios = {}, {}
-    for name, q in drawn.items():
-        if q["is_observed"]:
-            continue
-        ratio = _ratio(q, modelled.get(name), same_order)
-        if data_frame(modelled.get(name, q)) is None:
-            global_ratios[name] = ratio
-        else:
-            ratios[name] = ratio.view(particles, -1)
-    log_likelihoods = {
-        name: per_row(node, node["fn"].log_prob(node["value"])).view(particles, -1)
-        for name, node in observed_sites(model_trace).items()
-    }
-    total = observations or _observations(modelled, len(batch[0]))
-    return Terms(log_likelihoods, ratios, global_ratios, total, guide_trace, model_trace)
-
-
-def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Tensor:
-    """log q − log p at one site, per row; its expectation where the closed form may be used."""
-    if p is None:  # a helper site of the guide
-        return per_row(q, q["fn"].log_prob(q["value"]))
-    kl = closed_form_kl(q["fn"], p["fn"]) if closed_form else None
-    if kl is None:
-        kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
-    return per_row(p, kl)
-
-
-def _observations(sites: dict[str, dict[str, Any]], rows: int) -> int:
-    frame = next((frame for frame in map(data_frame, sites.values()) if frame is not None), None)
-    if frame is None:
-        raise ValueError('no site stands in the plate "data"; write `with pyro.plate("data", len(x)):`')
-    return rows if frame.full_size in (None, frame.size) else frame.full_size
-
-
-def _check_latents(drawn: dict[str, dict[str, Any]], latents: list[str]) -> None:
-    needed = {name for name, node in drawn.items() if not node["infer"].get("is_auxiliary")}
-    if needed != set(latents):
-        raise ValueError(
-            f"the guide must draw exactly the model's latent sites {latents}; missing: "
-            f"{sorted(set(latents) - needed) or 'none'}, extra: {sorted(needed - set(latents)) or 'none'}"
-        )
-    if torch.is_grad_enabled():
-        for name, node in drawn.items():
-            if not node["fn"].has_rsample:
-                raise ValueError(
-                    f"the guide's distribution at site '{name}', a {type(node['fn']).__name__}, has no reparameterised "
-                    "sample, so it gets no gradient; use a continuous family with rsample"
-                )
-
-
-def _frozen_replay(
-    guide: Callable,
-    trace: poutine.Trace,
-    rows: tuple[Tensor, ...],
-    through: Callable[[dict[str, Any]], Tensor] | None,
-) -> poutine.Trace:
-    """The guide run again on its own draws, its parameters taken as constants."""
-    parameters: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
-    parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
-    if hasattr(guide, "parameters"):
-        parameters += guide.parameters()
-    if through is not None:
-        for node in sample_sites(trace).values():
-            node["value"] = through(node)
-    with _frozen(parameters):
-        return poutine.trace(poutine.replay(unregistered(guide), trace=trace)).get_trace(*rows)
-
-
-@contextmanager
-def _frozen(parameters: list[Tensor]) -> Iterator[None]:
-    """Leaves that are constants in whatever graph is built meanwhile; graphs already built keep their gradients."""
-    trained = [p for p in {id(p): p for p in parameters}.values() if p.is_leaf and p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with warnings.catch_warnings():
-            # pyro.module warns of every parameter that needs no gradient.
-            warnings.filterwarnings("ignore", ".*was not registered in the param store")
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _total(values: dict[str, Tensor]) -> Tensor:
-    total, *others = values.values()
-    for value in others:
-        total = total + value
-    return total

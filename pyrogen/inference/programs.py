@@ -213,9 +213,10 @@ class Program(nn.Module):
         super().__init__()
         self.function = function
         self.modules_of = nn.ModuleDict(_modules_referred_to(function))
-        self._store: Any = {"params": {}, "constraints": {}}
+        store: Any = {"params": {}, "constraints": {}}
+        self._store = store
         with (
-            pyro.get_param_store().scope(self._store),
+            pyro.get_param_store().scope(store),
             torch.random.fork_rng(),
             poutine.block(),
             _evaluation_mode(function),

@@ -13,8 +13,8 @@ from pyrogen.distributions import Delta, MultivariateNormal, Normal, StandardNor
 from pyrogen.distributions.families import positive_scale
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide, CyclicalSchedule, LinearSchedule, Renyi
 from pyrogen.inference.divergences import closed_form_kl, kl_by_dimension
-from pyrogen.inference.objectives import run_programs
 from pyrogen.inference.programs import repeat
+from pyrogen.inference.terms import run_programs
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 
 pytestmark = pytest.mark.usefixtures("float64", "parameter_store")

@@ -18,7 +18,7 @@ from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Flow, Normal, NormalLikelihood, StandardNormal
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide, LinearSchedule, NonFiniteLoss, OutputExistsError, Run, fit
 from pyrogen.inference.checkpoints import read_tensors
-from pyrogen.inference.training import CHECKPOINT
+from pyrogen.inference.loop import CHECKPOINT
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 from pyrogen.networks import MLP
 
@@ -79,16 +79,16 @@ class Crash(Exception):
 
 def crash_at(step, monkeypatch):
     """Make the training fail before the step of this number, in the middle of its epoch."""
-    from pyrogen.inference.training import _Training
+    from pyrogen.inference.loop import Training
 
-    original = _Training._step
+    original = Training._step
 
     def failing(self, batch):
         if self.step == step:
             raise Crash
         return original(self, batch)
 
-    monkeypatch.setattr(_Training, "_step", failing)
+    monkeypatch.setattr(Training, "_step", failing)
 
 
 VARIANTS = {
@@ -255,8 +255,8 @@ def test_training_learns_in_place_and_the_history_is_as_documented(digits, tmp_p
     history = run.history
     assert list(history.columns) == COLUMNS
     assert list(history["epoch"]) == seen and list(history["step"]) == [4 * n for n in seen]
-    # 100 random binary digits start at 64 log 2 = 44.4 nats.
-    assert 40 < history["loss"].iloc[0] < 50 and history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
+    # 100 random binary digits cost 64 log 2 = 44.4 nats at logits of 0, and about 0.1 nats a pixel more at N(0, 1).
+    assert 40 < history["loss"].iloc[0] < 55 and history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
     torch.testing.assert_close(
         torch.tensor(history["loss"]), torch.tensor(history["distortion"] + history["rate"]), rtol=1e-5, atol=1e-4
     )
