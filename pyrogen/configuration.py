@@ -224,7 +224,8 @@ def _is_harmless(value: Any) -> bool:
     if not isinstance(value, type) or not f"{value.__module__}.".startswith(tuple(f"{name}." for name in TRUSTED)):
         return False
     if value.__module__.startswith("pyrogen."):
-        return value.__name__ in getattr(sys.modules[value.__module__], "__all__", ())
+        package = sys.modules[".".join(value.__module__.split(".")[:2])]
+        return value.__name__ in getattr(package, "__all__", ())
     return issubclass(value, (nn.Module, torch.optim.Optimizer))
 
 
