@@ -41,8 +41,8 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     "sample": ((commands.SampleSettings,), "Sample from a fitted run"),
 }
 
-CLASSES = """Wherever a class is asked for, give its short name, an import path, or FILE.py:NAME. Its own options follow as
-flags:
+CLASSES = """Wherever a class is asked for, give its short name, an import path, or FILE.py:NAME. Its own options
+follow as flags:
 
   --prior Mixture --prior.components 20
 
@@ -127,11 +127,11 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> ArgumentParser:
-    look: Any = {"exit_on_error": False, "formatter_class": _Formatter}
+    look: Any = {"exit_on_error": False, "formatter_class": _Formatter, "allow_abbrev": False}
     parser = ArgumentParser(prog="pyrogen", description=DESCRIPTION, **look)
     commands_of = parser.add_subcommands()
     for name, (groups, title) in COMMANDS.items():
-        place = " RUN" if groups[0].__dataclass_fields__.get("run") else ""
+        place = " RUN" if any(field.name == "run" for field in dataclasses.fields(groups[0])) else ""
         usage = f"pyrogen {name}{place} [--config FILE.yaml] [options]"
         command = ArgumentParser(description=_head(groups[0]), usage=usage, **look)
         file = "A YAML file with any of these options, such as the one that a run wrote."
@@ -161,7 +161,7 @@ def _add(parser: ArgumentParser, group: type) -> None:
         elif each.type is bool:
             parser.add_argument(f"--{each.name}", type=bool, default=each.default, help=text)
         elif each.name in own:
-            default = each.default_factory()  # type: ignore[misc]
+            default = getattr(group(), each.name)
             parser.add_argument(f"--{each.name}", nargs="+", type=Part, default=default, help=text)
     skipped = own & {each.name for each in dataclasses.fields(group)}
     parser.add_class_arguments(group, as_group=False, skip=skipped)

@@ -23,7 +23,7 @@ __all__ = ["join_posteriors", "posterior_means", "write_artifacts", "write_figur
 
 POSTERIOR_ROWS = 16
 _SHOWN = 64
-_SCATTERED = 2000
+_SCATTERED = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -48,19 +48,20 @@ def write_figures(folder: Path, table: Comparison, rows: tuple[Tensor, ...], dat
     runs = table.runs
     x = as_float(rows[0])
     labels, classes = _labels(data, rows[0])
-    shown = tuple(x[:_SHOWN] for x in rows)
     images = figures.are_images(x)
+    count = _SHOWN if images else _SCATTERED
+    shown = (x[:count], *(other[:count] for other in rows[1:]))
     histories = {name: run.history for name, run in runs.items()}
-    drawn = _each("samples", runs, lambda run: sample(run, _SHOWN, seed=seed, mean=images, given=shown[1:]))
+    drawn = _each("samples", runs, lambda run: sample(run, count, seed=seed, mean=images, given=shown[1:]))
     rebuilt = _each("reconstructions", runs, lambda run: reconstruct(run.model, run.guide, shown, seed=seed))
     some = tuple(x[:_SCATTERED] for x in rows)
     means = {name: posterior_means(run, some, seed=seed) for name, run in runs.items()}
     made = {
-        "samples": figures.samples(drawn, x[:_SHOWN]) if drawn else None,
-        "reconstructions": figures.reconstructions(x[:_SHOWN], rebuilt) if rebuilt else None,
+        "samples": figures.samples(drawn, shown[0]) if drawn else None,
+        "reconstructions": figures.reconstructions(shown[0], rebuilt) if rebuilt else None,
         "curves": figures.curves(histories),
         "latents": figures.latents(means, None if labels is None else labels[:_SCATTERED], classes),
-        "comparison": figures.comparison(table, histories, x[:_SHOWN], rebuilt or {}, drawn or {}),
+        "comparison": figures.comparison(table, histories, shown[0], rebuilt or {}, drawn or {}),
     }
     for name, figure in made.items():
         if figure is None:
@@ -72,7 +73,7 @@ def write_figures(folder: Path, table: Comparison, rows: tuple[Tensor, ...], dat
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with atomically(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.1)
 
 
 def _each(what: str, runs: Mapping[str, Run], draw: Any) -> dict[str, Tensor] | None:

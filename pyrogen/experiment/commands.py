@@ -121,7 +121,7 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
     """Fit one model; the settings are kept as ``fit.yaml`` beside the run."""
     folder = output.folder("fit", settings.data)
     data = settings.load_data()
-    with torch.random.fork_rng():
+    with settings.limited_threads(data), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = settings.build_model(data)
         encoder = settings.build_encoder(data)
@@ -147,7 +147,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
     folder = output.folder("compare", settings.data)
     guides = settings.build_guides()
     data = settings.load_data()
-    with torch.random.fork_rng():
+    with settings.limited_threads(data), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = settings.build_model(data)
         table = compare(
@@ -226,5 +226,5 @@ def run_sample(settings: SampleSettings) -> Path:
             save_image(make_grid(arrays["samples"].cpu(), nrow=columns, padding=1, pad_value=0.5), temporary, "png")
         else:
             with open(temporary, "wb") as file:
-                np.savez(file, **{name: x.cpu().numpy() for name, x in arrays.items()})
+                np.savez(file, **{name: x.cpu().numpy() for name, x in arrays.items()})  # type: ignore[arg-type]
     return path

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyro
 import torch
 import yaml
@@ -125,17 +124,18 @@ def compare(
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
     if folder is not None:
         _write_configuration(folder, configuration, resume=resume, clear=overwrite and not resume)
-    work = _Work(fits, options, batches, rows, particles)
+    work = _Work(fits, options, batches, rows, particles, writes=folder is not None)
     table_rows, runs = [], {}
-    with work.bar(progress) as advance:
+    with work.bar(progress):
         for each in fits:
-            runs[each.name] = _train(each, data, options, folder, resume, advance)
+            runs[each.name] = _train(each, data, options, folder, resume, work)
             evaluation = evaluate(runs[each.name], rows, particles=particles, seed=seed)
-            advance(each, evaluated=True)
+            work.evaluated(each)
             table_rows.append(_row(runs[each.name], evaluation.to_dict()))
-    table = Comparison.of(table_rows, runs, source)
-    if folder is not None:
-        write_artifacts(folder, table, rows, data, seed)
+        table = Comparison.of(table_rows, runs, source)
+        if folder is not None:
+            write_artifacts(folder, table, rows, data, seed)
+        work.written()
     return table
 
 
@@ -192,9 +192,7 @@ def _test_rows(data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
     return ((data,) if isinstance(data, Tensor) else tuple(data)), "rows of the training data itself"
 
 
-def _train(
-    each: _Fit, data: Any, options: FitOptions, folder: Path | None, resume: bool, advance: Callable[..., None]
-) -> Run:
+def _train(each: _Fit, data: Any, options: FitOptions, folder: Path | None, resume: bool, work: "_Work") -> Run:
     # The seed also stands for parameters that a plain function makes only when it first runs.
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
@@ -213,7 +211,7 @@ def _train(
                 seed=options.seed,
                 device=options.device,
                 precision=options.precision,
-                callbacks=(lambda run: advance(each, step=int(run.history["step"].iloc[-1])),),
+                callbacks=(lambda run: work.trained(each, int(run.history["step"].iloc[-1])),),
                 progress=False,
                 out=None if folder is None else folder / each.slug,
                 resume=resume,
@@ -228,13 +226,20 @@ def _row(run: Run, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Work:
-    """How much is to be done, in seconds guessed from one forward pass of each fit, for the progress bar."""
+    """How much is to be done, in seconds guessed from one forward pass of each fit, and a progress bar for it."""
 
     def __init__(
-        self, fits: list[_Fit], options: FitOptions, batches: Batches, rows: tuple[Tensor, ...], particles: int
+        self,
+        fits: list[_Fit],
+        options: FitOptions,
+        batches: Batches,
+        rows: tuple[Tensor, ...],
+        particles: int,
+        *,
+        writes: bool,
     ) -> None:
         self.names = [each.name for each in fits]
-        self.steps = options.steps or options.epochs * batches.per_epoch  # type: ignore[operator]
+        self.steps = options.steps or (options.epochs or 0) * batches.per_epoch
         batch = batches.first(min(options.batch_size, len(batches)))
         self.of_step: dict[str, float] = {}
         self.of_evaluation: dict[str, float] = {}
@@ -244,11 +249,13 @@ class _Work:
             self.of_step[each.name] = 3 * seconds
             draws = len(batch[0]) * each.objective.particles
             self.of_evaluation[each.name] = seconds / draws * len(rows[0]) * particles / 2
-        self.total = sum(self.of_step.values()) * self.steps + sum(self.of_evaluation.values())
+        self.writing = 2.0 + len(fits) if writes else 0.0
+        self.done = dict.fromkeys(self.names, 0.0)
+        self.total = sum(self.of_step.values()) * self.steps + sum(self.of_evaluation.values()) + self.writing
 
     @contextmanager
-    def bar(self, progress: bool) -> Iterator[Callable[..., None]]:
-        """What to call as the work goes on: ``advance(fit, step=...)``, ``advance(fit, evaluated=True)``."""
+    def bar(self, progress: bool) -> Iterator[None]:
+        """Show the bar, on stderr."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -257,21 +264,30 @@ class _Work:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        done = dict.fromkeys(self.names, 0.0)
-        with Progress(*columns, console=Console(stderr=True), disable=not progress) as shown:
-            task = shown.add_task(f"1/{len(self.names)} {self.names[0]}", total=self.total)
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as self.shown:
+            self.task = self.shown.add_task(self._title(0), total=self.total)
+            yield
 
-            def advance(each: _Fit, step: int | None = None, evaluated: bool = False) -> None:
-                done[each.name] = self.of_step[each.name] * (self.steps if step is None else step)
-                done[each.name] += self.of_evaluation[each.name] if evaluated else 0.0
-                position = self.names.index(each.name)
-                if evaluated and position + 1 < len(self.names):
-                    position += 1
-                what = "evaluating" if step == self.steps else "training"
-                description = f"{position + 1}/{len(self.names)} {self.names[position]}: {what}"
-                shown.update(task, completed=sum(done.values()), description=description)
+    def _title(self, position: int, doing: str = "training") -> str:
+        return f"{position + 1}/{len(self.names)} {self.names[position]}: {doing}"
 
-            yield advance
+    def trained(self, each: _Fit, step: int) -> None:
+        """A fit stands at a step."""
+        self.done[each.name] = self.of_step[each.name] * step
+        self._show(self._title(self.names.index(each.name), "evaluating" if step == self.steps else "training"))
+
+    def evaluated(self, each: _Fit) -> None:
+        """A fit is done and evaluated."""
+        self.done[each.name] = self.of_step[each.name] * self.steps + self.of_evaluation[each.name]
+        following = self.names.index(each.name) + 1
+        self._show(self._title(following) if following < len(self.names) else "writing figures and posteriors")
+
+    def written(self) -> None:
+        """All is done."""
+        self.shown.update(self.task, completed=self.total, description="done")
+
+    def _show(self, title: str) -> None:
+        self.shown.update(self.task, completed=sum(self.done.values()), description=title)
 
 
 def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
@@ -293,9 +309,7 @@ def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
     return best
 
 
-def _describe(
-    model: Callable, fits: list[_Fit], options: FitOptions, data: Any, particles: int
-) -> dict[str, Any]:
+def _describe(model: Callable, fits: list[_Fit], options: FitOptions, data: Any, particles: int) -> dict[str, Any]:
     """The arguments as plain values; what can't be described is noted."""
 
     def plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ CLASS_COLOURS = (
 )
 _MARKERS = "osD^v<>P"
 _STRIP = 12
-_PANELS = 3
+_SAMPLES = "Samples from the model: E[x | z], z from the prior"
 
 
 def are_images(x: Tensor) -> bool:
@@ -50,10 +50,11 @@ def _show(axes: Axes, images: Tensor, columns: int) -> None:
         spine.set_visible(False)
 
 
-def _panels(count: int, size: float, extra: float = 0.5, columns: int = _PANELS) -> tuple[Figure, list[Axes]]:
-    columns = min(count, columns)
+def _panels(count: int, size: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, in lines of three or of four, whichever leaves fewer places empty."""
+    columns = count if count < 4 else min((3, 4), key=lambda columns: -count % columns)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(size * columns + 0.4, (size + extra) * rows + 0.3), layout="constrained", dpi=150)
+    figure = Figure(figsize=(size * columns + 0.4, (size + 0.5) * rows + 0.3), layout="constrained", dpi=150)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid[count:]:
         axes.set_axis_off()
@@ -64,7 +65,7 @@ def samples(drawn: Mapping[str, Tensor], data: Tensor, *, columns: int = 8) -> F
     """Samples of each fit beside rows of the data: grids of images, or points where rows are vectors.
 
     Args:
-        drawn: By name of the fit, samples ``(N, *event_shape)``.
+        drawn: By name of the fit, samples ``(N, *event_shape)``; of images, their means given the latents.
         data: Rows of the data, ``(M, *event_shape)``.
         columns: Images in a line.
 
@@ -80,16 +81,16 @@ def samples(drawn: Mapping[str, Tensor], data: Tensor, *, columns: int = 8) -> F
             _show(axes, x[: columns**2], columns)
         else:
             _points(axes, x, data)
-    figure.suptitle("Samples from the model", fontsize=13)
+    figure.suptitle(_SAMPLES if are_images(data) else "Samples from the model", fontsize=13)
     return figure
 
 
 def _points(axes: Axes, x: Tensor, data: Tensor) -> None:
     low, high = (data[:, :2].quantile(q, 0).tolist() for q in (0.0, 1.0))
-    axes.scatter(*data[:, :2].T.cpu().numpy(), s=8, color="#BBBBBB", label="data", linewidths=0)
+    axes.scatter(data[:, 0].cpu(), data[:, 1].cpu(), s=8, color="#BBBBBB", label="data", linewidths=0)
     if x is not data:
-        axes.scatter(*x[:, :2].T.cpu().numpy(), s=8, color=COLOURS[0], label="samples", linewidths=0)
-    pad = [0.15 * (h - l) + 1e-6 for l, h in zip(low, high, strict=True)]
+        axes.scatter(x[:, 0].cpu(), x[:, 1].cpu(), s=8, color=COLOURS[0], label="samples", linewidths=0)
+    pad = [0.15 * (top - bottom) + 1e-6 for bottom, top in zip(low, high, strict=True)]
     axes.set_xlim(low[0] - pad[0], high[0] + pad[0])
     axes.set_ylim(low[1] - pad[1], high[1] + pad[1])
     of = f" (of {data.shape[1]})" if data.shape[1] > 2 else ""
@@ -139,7 +140,8 @@ def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def _curves(axes: Axes, histories: Mapping[str, pd.DataFrame]) -> None:
-    lowest, start = math.inf, []
+    lowest: float = math.inf
+    start: list[float] = []
     for (name, history), look in zip(histories.items(), _looks(), strict=False):
         every = max(1, len(history) // 8)
         axes.plot(history["epoch"], history["loss"], label=name, markevery=every, **look)
@@ -191,14 +193,14 @@ def latents(
         axes.set_xlabel(axis_names[0])
         axes.set_ylabel(axis_names[1])
         if labels is None:
-            axes.scatter(*points.T.numpy(), s=9, color=COLOURS[0], linewidths=0, alpha=0.8)
+            axes.scatter(points[:, 0], points[:, 1], s=9, color=COLOURS[0], linewidths=0, alpha=0.8)
             continue
         for position, label in enumerate(labels.unique().tolist()):
             chosen = points[labels == label]
             look: dict[str, Any] = {"color": CLASS_COLOURS[position % len(CLASS_COLOURS)], "linewidths": 0}
             marker = _MARKERS[position // len(CLASS_COLOURS) % len(_MARKERS)]
             title = classes[label] if classes else str(label)
-            axes.scatter(*chosen.T.numpy(), s=12, marker=marker, label=title, alpha=0.85, **look)
+            axes.scatter(chosen[:, 0], chosen[:, 1], s=12, marker=marker, label=title, alpha=0.85, **look)
     if labels is not None and len(labels.unique()) <= 20:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="label", markerscale=2)
     figure.suptitle("Posterior means of test data", fontsize=13)
@@ -235,11 +237,11 @@ def comparison(
     lines = len(table) + 1
     height = max(0.62 * lines + 0.5, 3.0)
     figure = Figure(figsize=(14, height + 4.2 if shown else 4.2), layout="constrained", dpi=150)
-    parts = figure.subfigures(2, 1, height_ratios=[height, 4.2]) if shown else [None, figure]
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 4.2]) if shown else [None, figure]
     if shown:
         left, right = parts[0].subfigures(1, 2, width_ratios=[1.18, 1])
         _strips(left, {"data": originals, **rebuilt}, "Reconstructions of test data")
-        _strips(right, {"data": originals.flip(0), **drawn}, "Samples from the model", names=False)
+        _strips(right, {"data": originals.flip(0), **drawn}, _SAMPLES, names=False)
     axes, likelihood = parts[1].subplots(1, 2, width_ratios=[1.5, 1])
     _curves(axes, histories)
     axes.set_title("Training curves", fontsize=13)

@@ -157,7 +157,7 @@ def _typed(target: Callable, part: Part, role: str, positional: int) -> dict[str
         return {}
     parser = ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
-    add(target, skip={positional} if positional else set(), fail_untyped=False, as_group=False)  # type: ignore[operator]
+    add(target, skip={positional} if positional else set(), fail_untyped=False, as_group=False)
     options = [action.dest for action in parser._actions if "help" not in action.dest]
     for key in part.init_args:
         if key not in options:

@@ -1,10 +1,13 @@
 """What a fit or a comparison is made of, as plain settings, and how these become data, models and objectives."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from pyrogen import data as data_sets
@@ -15,6 +18,9 @@ from pyrogen.inference import Objective
 from pyrogen.models import LatentVariableModel
 
 __all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective"]
+
+_SMALL = 256
+"""Values of an observation up to which one thread is enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Settings:
             features).
         latent: Number of dimensions of z.
         features: Number of features that the encoder gives.
-        epochs: How long to train, in passes through the data; by default 50, unless steps are given.
+        epochs: How long to train, in passes through the data; by default 30, unless steps are given.
         steps: How long to train, in steps of the optimizer.
         batch_size: Rows of a minibatch.
         learning_rate: Of Adam.
@@ -48,6 +54,8 @@ class Settings:
         seed: Of initial weights, draws and the order of the data.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.
         precision: Such as 32-true, bf16-mixed, 64-true.
+        threads: How many threads a tensor operation gets on the CPU. By default one where an observation has at most
+            256 values: more gain little there, and wait for each other on a busy machine. Otherwise torch's own number.
     """
 
     data: str = "digits"
@@ -57,23 +65,25 @@ class Settings:
     prior: Part | None = None
     likelihood: Part | None = None
     decoder: Part | None = None
-    encoder: Part = Part("MLP")
+    encoder: Part = field(default_factory=lambda: Part("MLP"))
     latent: int = 8
     features: int = 128
     epochs: int | None = None
     steps: int | None = None
-    batch_size: int = 128
+    batch_size: int = 64
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     gradient_clip: float | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("latent", "features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("latent", "features", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.model is not None:
             given = [name for name in ("prior", "likelihood", "decoder") if getattr(self, name) is not None]
             if given:
@@ -93,13 +103,24 @@ class Settings:
 
     def training(self) -> dict[str, Any]:
         """The options of :func:`pyrogen.fit` that are set here."""
-        epochs = 50 if self.epochs is None and self.steps is None else self.epochs
+        epochs = 30 if self.epochs is None and self.steps is None else self.epochs
         names = ("steps", "batch_size", "learning_rate", "seed", "device", "precision", "schedule", "gradient_clip")
         return {"epochs": epochs} | {name: getattr(self, name) for name in names}
 
     def load_data(self) -> Data:
         """The data set."""
         return data_sets.load(self.data, root=self.root, binarize=self.binarize)
+
+    @contextmanager
+    def limited_threads(self, data: Data) -> Iterator[None]:
+        """Meanwhile, as many threads as :attr:`threads` says."""
+        before = torch.get_num_threads()
+        small = math.prod(data.event_shape) <= _SMALL
+        torch.set_num_threads(self.threads or (1 if small else before))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def build_model(self, data: Data) -> Callable:
         """The model for a data set, with fresh weights.
@@ -176,8 +197,8 @@ class FitSettings(Settings):
             weights.
     """
 
-    family: Part = Part("Normal")
-    objective: Part = Part("ELBO")
+    family: Part = field(default_factory=lambda: Part("Normal"))
+    objective: Part = field(default_factory=lambda: Part("ELBO"))
     patience: int | None = None
 
     def training(self) -> dict[str, Any]:

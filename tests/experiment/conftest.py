@@ -12,6 +12,8 @@ from pyrogen.networks import MLP
 @pytest.fixture(scope="session")
 def digits() -> Data:
     whole = load("digits")
+    labels = whole.test_labels
+    assert labels is not None
     return Data(
         "few digits",
         train=whole.train[:64],
@@ -19,7 +21,7 @@ def digits() -> Data:
         test=whole.test[:24],
         values="binary",
         binarize="dynamic",
-        test_labels=whole.test_labels[:24],
+        test_labels=labels[:24],
         classes=whole.classes,
     )
 

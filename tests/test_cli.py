@@ -1,0 +1,452 @@
+"""The command: what it writes, what it says, and how it fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import arviz
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from matplotlib.image import imread
+
+import pyrogen as pg
+from pyrogen.cli import main
+from pyrogen.experiment import commands
+from pyrogen.inference import NonFiniteLoss
+
+SMALL = [
+    *("--epochs", "1", "--batch_size", "512", "--latent", "2", "--features", "8", "--progress", "false"),
+    *("--encoder", "MLP", "--encoder.hidden", "[8]", "--decoder", "MLP", "--decoder.hidden", "[8]"),
+]
+COMPARE = ["compare", *SMALL, "--guides", "Normal", "MultivariateNormal", "--objectives", "ELBO"]
+COMPARE += ["--particles", "4", "--test_rows", "20"]
+
+PROGRAMS = '''
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+
+
+class Model(PyroModule):
+    """A model."""
+
+    def __init__(self, event_shape, hidden: int = 4):
+        super().__init__()
+        self.event_shape = event_shape
+        self.hidden = hidden
+        self.decoder = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 64))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = self.decoder(z).reshape(-1, *self.event_shape)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+
+decoder = nn.Linear(2, 64)
+
+
+def model(x):
+    pyro.module("decoder", decoder)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=decoder(z).reshape(-1, 1, 8, 8)).to_event(3), obs=x)
+
+
+def broken(x):
+    raise ValueError("a fault of my own")
+
+
+class NotAProgram:
+    pass
+'''
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    assert main([*COMPARE, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fit") / "out"
+    assert main(["fit", *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(fitted, tmp_path) -> Path:
+    """A copy of the fitted run, to be spoiled."""
+    folder = tmp_path / "run"
+    for path in fitted.rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(fitted)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def programs(tmp_path) -> str:
+    path = tmp_path / "my_model.py"
+    path.write_text(PROGRAMS)
+    return path.name
+
+
+def loaded(folder: str | Path, *, trust: bool = False) -> Any:
+    return pg.load(folder, trust=trust)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def one_line(capsys) -> str:
+    """What stands on stderr, which must be one line and no traceback."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("pyrogen: "), error
+    return error
+
+
+def test_compare_prints_the_table_it_writes(tmp_path, capsys):
+    assert main([*COMPARE, "--guides", "Normal", "--out", "here"]) == 0
+    printed = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "here" / "table.csv", index_col="guide")
+    assert [*table.index] == ["Normal ELBO"]
+    assert f"{table['log_likelihood'].iloc[0]:.2f}" in printed
+    assert "20 test rows" in printed and "Written to here" in printed
+
+
+def test_compare_folder_is_complete(comparison):
+    table = pd.read_csv(comparison / "table.csv", index_col="guide")
+    assert [*table.index] == ["Normal ELBO", "MultivariateNormal ELBO"]
+    for name in ("samples", "reconstructions", "curves", "latents", "comparison"):
+        picture = imread(comparison / "figures" / f"{name}.png")
+        assert len(np.unique(picture[..., 0])) > 10, name
+    posterior = arviz.from_netcdf(comparison / "posteriors.nc")["posterior"]
+    assert [*posterior["fit"].values] == [*table.index]
+    for slug in ("normal-elbo", "multivariatenormal-elbo"):
+        assert loaded(comparison / slug).model.prior.features == 2
+
+
+def test_the_yaml_that_compare_writes_makes_the_same_table(comparison, tmp_path):
+    assert main(["compare", "--config", str(comparison / "compare.yaml"), "--out", "again", "--progress", "false"]) == 0
+    first, again = (pd.read_csv(f / "table.csv").drop(columns="seconds") for f in (comparison, tmp_path / "again"))
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert (comparison / "compare.yaml").read_bytes() == (tmp_path / "again" / "compare.yaml").read_bytes()
+
+
+def test_without_out_folders_are_numbered(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "compare", lambda *_, out, **__: out.mkdir(parents=True))
+    for number in (1, 2):
+        assert main(["compare"]) == 0
+        assert f"Written to runs/compare-digits-00{number}" in capsys.readouterr().out
+
+
+def test_defaults_of_compare(monkeypatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(commands, "compare", lambda model, guides, **options: asked.update(options, guides=guides))
+    assert main(["compare"]) == 0
+    assert [*asked["guides"]] == [
+        f"{family} {objective}" for family in ("Normal", "MultivariateNormal", "Flow") for objective in ("ELBO", "IWAE")
+    ]
+    assert asked["data"].name == "digits" and len(asked["test"]) == 180
+
+
+def test_fit_evaluate_sample(run, capsys):
+    before = contents(run)
+    assert main(["evaluate", str(run), "--particles", "5", "--rows", "30"]) == 0
+    printed = capsys.readouterr().out
+    assert "Evaluation on 30 observations" in printed
+    (entry,) = yaml.safe_load((run / "evaluation.yaml").read_text())
+    alone = pg.evaluate(loaded(run), pg.data.load("digits").test[:30], particles=5)
+    assert entry["log_likelihood"] == alone.log_likelihood and entry["split"] == "test"
+    assert main(["evaluate", str(run), "--particles", "5", "--split", "validation"]) == 0
+    assert main(["evaluate", str(run), "--particles", "5", "--split", "validation"]) == 0
+    assert [e["split"] for e in yaml.safe_load((run / "evaluation.yaml").read_text())] == ["test", "validation"]
+    assert main(["sample", str(run), "--n", "9", "--mean"]) == 0
+    picture = imread(run / "samples.png")
+    assert picture.shape[:2] == (28, 28) and len(np.unique(picture)) > 10
+    assert before.items() <= contents(run).items()
+
+
+def test_samples_as_numbers(run, tmp_path):
+    assert main(["sample", str(run), "--n", "7", "--out", "new.npz", "--seed", "3"]) == 0
+    drawn = np.load(tmp_path / "new.npz")["samples"]
+    assert np.array_equal(drawn, np.asarray(pg.sample(loaded(run), 7, seed=3)))
+
+
+def test_sample_does_not_overwrite(run, tmp_path, capsys):
+    (tmp_path / "new.png").write_bytes(b"mine")
+    assert main(["sample", str(run), "--out", "new.png"]) == 2
+    assert "new.png exists" in one_line(capsys)
+    assert (tmp_path / "new.png").read_bytes() == b"mine"
+    assert main(["sample", str(run), "--out", "new.png", "--overwrite"]) == 0
+    assert main(["sample", str(run), "--out", "new.jpg"]) == 2
+
+
+def test_the_yaml_that_fit_writes_makes_the_same_weights(fitted, tmp_path):
+    assert main(["fit", "--config", str(fitted / "fit.yaml"), "--out", "again", "--progress", "false"]) == 0
+    first, again = (loaded(folder).programs.state_dict() for folder in (fitted, tmp_path / "again"))
+    assert all(value.equal(again[name]) for name, value in first.items())
+
+
+def test_flags_win_over_the_file_and_options_of_parts_are_typed(fitted, tmp_path):
+    arguments = ["--config", str(fitted / "fit.yaml"), "--out", "again", "--progress", "false", "--steps", "1"]
+    given = yaml.safe_load((fitted / "fit.yaml").read_text())
+    del given["epochs"]
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(given))
+    arguments[1] = "file.yaml"
+    parts = ["--prior", "Mixture", "--prior.components=3", "--family", "Flow", "--family.layers", "1"]
+    parts += ["--objective", "IWAE", "--objective.particles", "2", "--likelihood", "ContinuousBernoulli"]
+    assert main(["fit", *arguments, *parts, "--encoder.activation", "torch.nn.Tanh", "--binarize", "null"]) == 0
+    run = loaded(tmp_path / "again")
+    assert run.model.prior.components == 3 and run.guide.family.keywords == {"layers": 1}
+    assert run.objective.particles == 2 and run.guide.encoder.activation is torch.nn.Tanh
+    assert run.guide.encoder.hidden in ([8], (8,))  # from the file
+    assert len(run.history) == 1 and run.options.steps == 1
+
+
+@pytest.mark.parametrize(("arguments", "likelihood"), [([], "Bernoulli"), (["--binarize", "null"], "QuantizedNormal")])
+def test_likelihood_suits_the_data(arguments, likelihood, tmp_path):
+    assert main(["fit", *SMALL, *arguments, "--out", "out"]) == 0
+    found = loaded(tmp_path / "out").model.likelihood
+    assert type(found).__name__ == likelihood
+    assert getattr(found, "levels", 17) == 17
+
+
+def test_real_vectors_from_a_file(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", train=rng.normal(size=(60, 3)).astype(np.float32))
+    assert main(["fit", *SMALL, "--data", "array:mine.npz", "--out", "out"]) == 0
+    likelihood = loaded(tmp_path / "out").model.likelihood
+    assert type(likelihood).__name__ == "NormalLikelihood" and likelihood.scale == "shared"
+    assert main(["sample", "out", "--n", "5"]) == 0
+    assert np.load(tmp_path / "out" / "samples.npz")["samples"].shape == (5, 3)
+    assert main(["sample", "out", "--out", "new.png"]) == 2
+
+
+@pytest.mark.parametrize("name", ["Model", "model"])
+def test_a_program_of_the_users_own(name, programs, tmp_path, capsys):
+    options = ["--model.hidden", "6"] if name == "Model" else []
+    small = ["--steps", "2", "--features", "8", "--progress", "false", "--encoder.hidden", "[8]"]
+    assert main(["fit", "--model", f"{programs}:{name}", *options, *small, "--out", "out"]) == 0
+    settings = yaml.safe_load((tmp_path / "out" / "fit.yaml").read_text())
+    path = settings["model"]["class_path"] if name == "Model" else settings["model"]
+    assert path == f"{tmp_path / programs}:{name}"
+    assert main(["evaluate", "out", "--particles", "2"]) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert main(["evaluate", "out", "--particles", "2", "--trust"]) == 0
+    if name == "Model":
+        assert loaded("out", trust=True).model.hidden == 6
+
+
+def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
+    small = ["--steps", "2", "--features", "8", "--progress", "false", "--particles", "2", "--test_rows", "20"]
+    names = ["--guides", "Normal", "MultivariateNormal", "--objectives", "ELBO"]
+    assert main(["compare", "--model", f"{programs}:model", *small, *names, "--out", "out"]) == 0
+    weights = [loaded(tmp_path / "out" / f, trust=True).model for f in ("normal-elbo", "multivariatenormal-elbo")]
+    first, second = (torch.cat([p.flatten() for p in model.parameters()]) for model in weights)
+    assert not first.equal(second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--data", "mnits"], "unknown data set 'mnits'; did you mean mnist"),
+        (["fit", "--prior", "Mixure"], "unknown prior 'Mixure'; did you mean Mixture?"),
+        (["fit", "--objective", "elbo"], "unknown objective 'elbo'; did you mean ELBO?"),
+        (["compare", "--guides", "Normal", "Flwo"], "unknown family 'Flwo'; did you mean Flow?"),
+        (["fit", "--family", "Flow", "--family.layer", "2"], "no option 'layer'; did you mean layers?"),
+        (["fit", "--family", "Flow", "--family.layers", "many"], "Expected a <class 'int'>. Got value: many"),
+        (["fit", "--likelihood.scale", "2"], "name it"),
+        (["fit", "--family.layers"], "--family.layers needs a value"),
+        (["compare", "--family.layers", "2"], "unrecognized arguments: --family.layers"),
+        (["fit", "--epoch", "2"], "unrecognized arguments: --epoch 2; did you mean --epochs?"),
+        (["fit", "--epochs", "few"], "epochs"),
+        (["fit", "--epochs", "0"], "epochs must be a whole number of at least 1"),
+        (["fit", "--epochs", "2", "--steps", "2"], "either epochs or steps"),
+        (["fit", "--latent", "0"], "latent must be at least 1"),
+        (["fit", "--learning_rate", "-1"], "learning_rate must be a positive number"),
+        (["fit", "--device", "abacus"], "abacus"),
+        (["fit", "--model", "nowhere.py:Model"], "no file 'nowhere.py'"),
+        (["fit", "--model", "no.such.module.Model"], "can't import 'no.such.module.Model'"),
+        (["fit", "--encoder", "torch.nn.NoSuchLayer"], "no 'NoSuchLayer'"),
+        (["fit", "--data", "array:none.npz"], "none.npz"),
+        (["fit", "--config", "none.yaml"], "none.yaml"),
+        (["fit", "--resume"], "--out"),
+        (["compare", "--overwrite"], "--out"),
+        (["compare", "--guides", "Normal", "Normal"], "there twice"),
+        (["evaluate", "nowhere"], "holds no run"),
+        (["sample", "nowhere"], "holds no run"),
+        (["evaluate"], "run"),
+        (["compute"], "invalid choice: 'compute'"),
+        ([], "subcommand"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys):
+    assert main(arguments) == 2
+    assert message in one_line(capsys)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("text", ["nope: 1\n", "epochs: [1\n", "guides: 3\n", "- 1\n", "\x00"])
+def test_bad_configuration_files(text, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert main(["compare", "--config", "bad.yaml"]) == 2
+    one_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_a_model_of_its_own_excludes_the_parts_of_another(programs, capsys):
+    assert main(["fit", "--model", f"{programs}:Model", "--prior", "Mixture"]) == 2
+    assert "prior would go unused" in one_line(capsys)
+    assert main(["fit", "--model", f"{programs}:model", "--model.hidden", "3"]) == 2
+    assert "takes no options" in one_line(capsys)
+    assert main(["fit", "--model", f"{programs}:Model", "--model.hiden", "3"]) == 2
+    assert "did you mean hidden?" in one_line(capsys)
+
+
+def test_faults_in_the_users_program_show_where(programs, capsys):
+    assert main(["fit", "--model", f"{programs}:broken", "--steps", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and "a fault of my own" in error and "my_model.py" in error
+
+
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_an_existing_folder_is_left_alone(command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for extra in ([], ["--overwrite"]):
+        arguments = COMPARE if command == "compare" else ["fit", *SMALL]
+        assert main([*arguments, "--out", "out", *extra]) == 2
+        assert "out" in one_line(capsys)
+        assert contents(tmp_path) == {str(tmp_path / "out" / "notes.txt"): b"mine"}
+
+
+def test_a_run_is_replaced_only_when_asked(run, capsys):
+    before = contents(run)
+    assert main(["fit", *SMALL, "--seed", "1", "--out", str(run)]) == 2
+    assert "--overwrite" in one_line(capsys)
+    assert contents(run) == before
+    assert main(["fit", *SMALL, "--seed", "1", "--prior", "Mixure", "--out", str(run), "--overwrite"]) == 2
+    assert contents(run) == before
+    assert main(["fit", *SMALL, "--seed", "1", "--out", str(run), "--overwrite"]) == 0
+    assert loaded(run).options.seed == 1
+
+
+def test_compare_is_not_replaced(comparison, capsys):
+    before = contents(comparison)
+    assert main([*COMPARE, "--seed", "1", "--out", str(comparison)]) == 2
+    assert main([*COMPARE, "--seed", "1", "--out", str(comparison), "--resume"]) == 2
+    assert "holds another comparison (seed: 0 there, 1 now)" in capsys.readouterr().err
+    assert contents(comparison) == before
+
+
+def test_evaluate_of_a_comparison_names_its_fits(comparison, capsys):
+    assert main(["evaluate", str(comparison)]) == 2
+    assert "normal-elbo" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "run.yaml"])
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_damaged_runs(run, name, command, capsys):
+    path = run / name
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", os.urandom(len(whole))):
+        path.write_bytes(damaged)
+        assert main([command, str(run)]) == 2
+        assert str(run) in one_line(capsys)
+    path.unlink()
+    assert main([command, str(run)]) == 2
+    assert str(run) in one_line(capsys)
+
+
+def test_a_damaged_checkpoint_is_not_resumed(run, capsys):
+    path = run / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    before = contents(run)
+    assert main(["fit", *SMALL, "--out", str(run), "--resume"]) == 2
+    assert "checkpoint.safetensors" in one_line(capsys)
+    assert contents(run).items() >= {k: v for k, v in before.items() if "logs" not in k}.items()
+
+
+def test_resume_of_a_complete_fit_changes_no_weights(run):
+    before = (run / "weights.safetensors").read_bytes()
+    assert main(["fit", *SMALL, "--out", str(run), "--resume"]) == 0
+    assert (run / "weights.safetensors").read_bytes() == before
+
+
+def test_interruption(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_compare", interrupt)
+    assert main(["compare"]) == 130
+    assert "interrupted" in one_line(capsys)
+
+
+def test_divergence(monkeypatch, capsys):
+    def diverge(*_):
+        raise NonFiniteLoss("the loss is nan at step 3")
+
+    monkeypatch.setattr(commands, "run_fit", diverge)
+    assert main(["fit"]) == 1
+    assert "the loss is nan at step 3" in one_line(capsys)
+
+
+def test_threads_are_few_for_small_data_and_given_back(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(commands, "compare", lambda *_, **__: seen.append(torch.get_num_threads()))
+    for extra in ([], ["--threads", "3"]):
+        assert main(["compare", *extra]) == 0
+        assert torch.get_num_threads() == before
+    assert seen == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("compare", ["--guides", "--objectives", "--data", "--out", "--resume", "--config", "--particles", "--prior"]),
+        ("fit", ["--family", "--objective", "--model", "--root", "--epochs", "--overwrite", "--device", "--precision"]),
+        ("evaluate", ["run", "--particles", "--trust", "--data", "--root"]),
+        ("sample", ["run", "--n", "--out", "--mean", "--trust"]),
+    ],
+)
+def test_help(command, options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in options)
+    assert "<class" not in text and "type:" not in text and "known subclasses" not in text
+
+
+def test_help_of_a_part(capsys):
+    assert main(["fit", "--prior.help", "Mixture"]) == 0
+    text = capsys.readouterr().out
+    assert "components: int = 10" in text and "Jankowiak" in text
+    assert main(["fit", "--objective.help"]) == 0
+    assert "ELBO, IWAE" in capsys.readouterr().out
+    assert main(["fit", "--prior.help", "Mixure"]) == 2
+
+
+def test_as_a_process(tmp_path):
+    command = [sys.executable, "-m", "pyrogen", "fit", "--data", "mnits"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and "did you mean mnist" in ended.stderr
