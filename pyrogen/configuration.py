@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -298,4 +299,4 @@ def _build_new(description: list[Any] | Mapping[str, Any], trust: bool, made: di
             return functools.partial(target, *arguments, **keywords)
         return target(*arguments, **keywords)
     except Exception as error:  # whatever a constructor makes of a damaged file
-        raise ValueError(f"can't build {path} from {arguments or ''}{keywords}: {error}") from error
+        raise ValueError(f"can't build {path} from {reprlib.repr(arguments or keywords)}: {error}") from error

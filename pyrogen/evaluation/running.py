@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogen.inference.batches import Batches, as_batch, check_data
+from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import check_programs, check_values, first_parameter, modules_of
+from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.programs import (
     Copies,
     Site,
@@ -119,7 +120,6 @@ def prepared(
     if guided or guide is not None:
         check_programs(model, guide, *first)
     modes = [module.training for module in modules]
-    devices = {tensor.device for tensor in batch if tensor.is_cuda}
     try:
         for module in modules:
             module.training = False
@@ -127,9 +127,8 @@ def prepared(
             torch.no_grad(),
             pyro.validation_enabled(False),
             pyro.get_param_store().scope(),
-            torch.random.fork_rng(devices=devices),
+            seeded(seed, batch[0].device),
         ):
-            torch.manual_seed(seed)
             yield _prepare(model, guide, batch, first)
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -148,7 +147,7 @@ def _prepare(model: Callable, guide: Callable | None, batch: tuple[Tensor, ...],
     masses: tuple[str, ...] = ()
     if guide is not None:
         drawn = sample_sites(prototype(guide, *first))
-        masses = tuple(name for name in latents if _is_point_mass(drawn[name]["fn"]))
+        masses = tuple(name for name in latents if is_point_mass(drawn[name]["fn"]))
     return Prepared(model, guide or _nothing, batch, latents, nodes, masses)
 
 
@@ -181,14 +180,6 @@ def _with_parameters(program: Callable, state: Any) -> Callable:
             return program(*batch)
 
     return function
-
-
-def _is_point_mass(fn: Any) -> bool:
-    while fn is not None:
-        if isinstance(fn, dist.Delta):
-            return True
-        fn = getattr(fn, "base_dist", None)
-    return False
 
 
 def pair_passes(

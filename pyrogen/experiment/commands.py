@@ -11,6 +11,7 @@ import yaml
 from torchvision.utils import make_grid, save_image
 
 from pyrogen import data as data_sets
+from pyrogen.configuration import describe
 from pyrogen.data import Data
 from pyrogen.evaluation import evaluate, sample
 from pyrogen.experiment.comparison import CONFIGURATION, compare
@@ -39,8 +40,8 @@ class OutputSettings:
     """Where results go.
 
     Args:
-        out: The folder for all results; by default a new one, runs/compare-digits-001 or the next free number. One
-            that exists and is not empty is never changed, unless by --resume or --overwrite.
+        out: The folder for all results; by default a new one, such as runs/compare-digits-001 for a comparison on
+            digits. One that exists and is not empty is never changed, unless by --resume or --overwrite.
         resume: Go on with what is in --out, from its last checkpoint.
         overwrite: Replace the run in --out.
         progress: Show a progress bar with the time left.
@@ -127,6 +128,7 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
         encoder = settings.build_encoder(data)
         example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
         guide = amortized_guide(model, encoder, build_family(settings.family), example)
+        describe([model, guide])  # so that what can't be loaded again is refused before time is spent on it
         run = fit(
             model,
             guide,

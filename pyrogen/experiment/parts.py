@@ -137,8 +137,9 @@ def partial_of(part: Part, role: str, positional: int, **filled: Any) -> Any:
     target = resolve(part, role)
     if not callable(target):
         raise ValueError(f"the {role} '{part.name}' is of type {type(target).__name__}; expected a class or a function")
-    arguments = _typed(target, part, role, positional)
     parameters = inspect.signature(target).parameters
+    given = {key for key in filled if key in parameters and key not in part.init_args}
+    arguments = _typed(target, part, role, positional, given)
     arguments |= {key: value for key, value in filled.items() if key in parameters and key not in arguments}
     return functools.partial(target, **arguments) if arguments else target
 
@@ -151,13 +152,13 @@ def _build(target: Callable, part: Part, role: str, *positional: Any) -> Any:
     return target(*positional)
 
 
-def _typed(target: Callable, part: Part, role: str, positional: int) -> dict[str, Any]:
+def _typed(target: Callable, part: Part, role: str, positional: int, given: set[str]) -> dict[str, Any]:
     """The part's arguments, checked against the types that the class declares and made into these."""
     if not part.init_args:
         return {}
     parser = ArgumentParser(exit_on_error=False)
     add = parser.add_class_arguments if isinstance(target, type) else parser.add_function_arguments
-    add(target, skip={positional} if positional else set(), fail_untyped=False, as_group=False)
+    add(target, skip={*given, *([positional] if positional else [])}, fail_untyped=False, as_group=False)
     options = [action.dest for action in parser._actions if "help" not in action.dest]
     for key in part.init_args:
         if key not in options:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyrogen.inference.batches import Batches, check_finite
+from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.programs import (
     Site,
     _modules_referred_to,
@@ -116,7 +117,7 @@ def _check_site(site: Site, model_node: Any, guide_node: Any) -> None:
 
 def _fits_support(support: constraints.Constraint, node: Any) -> bool:
     fn = node["fn"]
-    if _same_support(support, fn.support):
+    if same_support(support, fn.support):
         return True
     # A point mass says that it is anywhere, and an affine map that its image is the line: their draws tell.
     if not isinstance(fn, (dist.Delta, dist.TransformedDistribution)):
@@ -126,7 +127,7 @@ def _fits_support(support: constraints.Constraint, node: Any) -> bool:
         return bool(support.check(fn.sample(torch.Size([_DRAWS]))).all())
 
 
-def _same_support(first: constraints.Constraint, second: constraints.Constraint) -> bool:
+def same_support(first: constraints.Constraint, second: constraints.Constraint) -> bool:
     """Whether two constraints are the same set, up to the boundary of an interval."""
     first, second = bare(first), bare(second)
     names = [
@@ -170,7 +171,7 @@ def check_values(model: Callable, batches: Batches) -> None:
             )
     positions = {name: next((i for i, x in enumerate(batch) if x is node["value"]), -1) for name, node in sites.items()}
     as_given = all(position >= 0 for position in positions.values())
-    with torch.random.fork_rng(devices=[]):
+    with seeded(None, device):
         for count, part in enumerate(batches.in_order(device, _CHUNK)):
             if not isinstance(batches.rows, tuple):
                 for position, x in enumerate(part):

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["closed_form_kl", "kl_by_dimension"]
+__all__ = ["closed_form_kl", "is_point_mass", "kl_by_dimension"]
 
 
 def closed_form_kl(q: Any, p: Any) -> Tensor | None:
@@ -20,7 +20,7 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
     Shapes:
         The broadcast batch shape of both.
     """
-    if isinstance(q, dist.Delta) or isinstance(p, dist.Delta):
+    if is_point_mass(q) or is_point_mass(p):
         return None
     if isinstance(q, dist.MultivariateNormal) and _is_diagonal_normal(p):
         return _kl_full_diagonal(q, p)
@@ -42,6 +42,15 @@ def kl_by_dimension(q: Any, p: Any) -> Tensor | None:
         return None
     kl = closed_form_kl(q.base_dist, p.base_dist)
     return None if kl is None else kl.flatten(-q.reinterpreted_batch_ndims)
+
+
+def is_point_mass(fn: Any) -> bool:
+    """Whether a distribution is a point mass, also inside ``to_event`` or under a transform."""
+    while fn is not None:
+        if isinstance(fn, dist.Delta):
+            return True
+        fn = getattr(fn, "base_dist", None)
+    return False
 
 
 def _is_diagonal_normal(p: Any) -> bool:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
+from pyrogen.inference.checkpoints import seeded
+from pyrogen.inference.checks import same_support
 from pyrogen.inference.programs import (
     Site,
     describe_example,
     encode,
+    evaluation_mode,
     is_real,
     latent_sites,
     make_example,
@@ -44,6 +47,9 @@ class AmortizedGuide(PyroModule):
     gets a conditional distribution of its own, conditioned on the encoder's features :math:`f(x)` and on the latent
     sites already drawn, and mapped to the site's support. Elements of a nested plate are independent given these, each
     with a context of its own. Global sites get a distribution without features, by default mean-field normal.
+
+    Every :class:`~pyrogen.distributions.Vamp` in the model becomes the mixture of this guide's posteriors, no longer of
+    an earlier guide's; a run that shall keep its own needs a model of its own.
 
     Args:
         model: The program to be guided. The guide keeps a reference, not its parameters.
@@ -88,11 +94,12 @@ class AmortizedGuide(PyroModule):
             prior.bind(partial(_stand_in, StandardNormal(prior.features)))
         batch, trace = _read(model) if batch is None else (batch, prototype(model, *batch))
         self.sites = latent_sites(trace)
+        _check_supports(model, batch, self.sites)
         if not self.sites:
             raise ValueError("the model has no latent site to guide; train it with guide=None")
         if isinstance(family, Mapping) and (unknown := family.keys() - self.sites.keys()):
             raise ValueError(f"family names the sites {sorted(unknown)}, but the model's are {[*self.sites]}")
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(encoder):
             features = encoder(*batch)
         width = features.flatten(1).shape[1]
         self.conditionals = nn.ModuleDict()
@@ -222,6 +229,18 @@ def _read(model: Callable) -> tuple[tuple[Tensor, ...], poutine.Trace]:
     return (x,), trace
 
 
+def _check_supports(model: Callable, batch: tuple[Tensor, ...], sites: dict[str, Site]) -> None:
+    """Raise a ``ValueError`` where a support follows from what was drawn before, and so is no fixed set."""
+    with seeded(1, batch[0].device):
+        again = latent_sites(prototype(model, *batch, observed=False))
+    for name, site in sites.items():
+        if name in again and not same_support(site.support, again[name].support):
+            raise ValueError(
+                f"the support of latent site '{name}' depends on what was drawn before ({site.support} once, "
+                f"{again[name].support} another time); draw a value on a fixed support and map it in the program"
+            )
+
+
 def _stand_in(normal: StandardNormal, inputs: Tensor) -> dist.Distribution:
     """A posterior of the right shape for a Vamp prior, while the model is read for the first time."""
     return normal(inputs.flatten(1))
@@ -232,8 +251,9 @@ def _modules(model: Callable) -> list[nn.Module]:
 
 
 def _key(site: Site) -> str:
-    """The site's name as a module's name, which cannot hold a dot."""
-    return site.name.replace(".", "-")
+    """The site's name as a module's name, which can't hold a dot nor be that of a method."""
+    name = site.name.replace("%", "%25").replace(".", "%2E")
+    return f"site {name}" if hasattr(nn.ModuleDict, name) else name
 
 
 def _unconstrained_shape(site: Site) -> tuple[int, ...]:

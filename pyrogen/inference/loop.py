@@ -73,6 +73,7 @@ class Training:
         self.module.mark_forward_method("bound")
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
         self.batches = batches.to(fabric.device, dtype)
+        self.fingerprint = batches.fingerprint()
         self.validation = None if validation is None else validation.to(fabric.device, dtype)
         self.total = options.steps or (options.epochs or 0) * batches.per_epoch
         self.step = 0
@@ -233,7 +234,7 @@ class Training:
         parts = {name: settings[name] for name in ("model", "guide", "objective")}
         options = {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE}
         source = {name: value for name, value in (self.run.data or {}).items() if name not in ("name", "root")}
-        data = {"rows": len(self.batches), "example": self.run.example, "source": source}
+        data = {"rows": len(self.batches), "fingerprint": self.fingerprint, "example": self.run.example, "source": source}
         return json.loads(json.dumps({"options": options, "data": data} | parts))
 
     def read_checkpoint(self, path: Path) -> None:

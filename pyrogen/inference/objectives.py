@@ -25,8 +25,9 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
+from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
-from pyrogen.inference.programs import data_frame, unregistered
+from pyrogen.inference.programs import data_frame, per_row, unregistered
 from pyrogen.inference.terms import Terms, run_programs
 
 __all__ = ["ELBO", "IWAE", "Estimate", "Objective", "ObjectiveModule", "Renyi"]
@@ -59,13 +60,13 @@ class ObjectiveModule(nn.Module):
     def forward(self, *batch: Tensor) -> Tensor:
         """The loss of a batch; ``latest`` then holds the whole :class:`Estimate`."""
         with pyro.get_param_store().scope(self._store):
-            self.latest = self.elbo.estimate(*self._programs, *batch)
+            self.latest = self.elbo.estimate(*self._programs, *as_batch(batch))
         return self.latest.loss
 
     def bound(self, *batch: Tensor) -> Tensor:
         """The bound of each observation, see :meth:`Objective.bound`."""
         with pyro.get_param_store().scope(self._store):
-            return self.elbo.bound(*self._programs, *batch)
+            return self.elbo.bound(*self._programs, *as_batch(batch))
 
 
 class Objective(pyro.infer.ELBO):
@@ -211,9 +212,9 @@ class ELBO(Objective):
         for name, ratio in terms.ratios.items():
             q: Any = terms.guide_trace.nodes[name]
             p: Any = terms.model_trace.nodes.get(name)
-            by_dimension = None if p is None else kl_by_dimension(q["fn"], p["fn"])
-            mean = ratio.mean() if by_dimension is None else by_dimension.flatten(0, -2).mean(0)
-            rate = rate + mean.clamp(min=self.free_bits).sum()
+            kl = kl_by_dimension(q["fn"], p["fn"]) if terms.closed_form and p is not None else None
+            groups = [ratio] if kl is None else [per_row(p, each) for each in kl.unbind(-1)]
+            rate = rate + sum(group.mean().clamp(min=self.free_bits) for group in groups)
         return rate
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "data_frame",
     "describe_example",
     "encode",
+    "evaluation_mode",
     "is_real",
     "latent_sites",
     "make_example",
@@ -93,6 +94,13 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
             )
         frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
         plates = tuple(sorted(frames, key=lambda frame: -frame.dim))
+        for plate in plates:
+            if plate.name != "data" and plate.full_size not in (None, plate.size):
+                raise ValueError(
+                    f"latent site '{name}' stands in the plate '{plate.name}', which subsamples {plate.size} of "
+                    f"{plate.full_size} elements; only the plate \"data\" may subsample, since a guide can't tell which "
+                    "elements were drawn"
+                )
         sites[name] = Site(name, tuple(node["fn"].event_shape), support, plates)
     return sites
 
@@ -161,7 +169,8 @@ def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluation_mode(program: Callable) -> Iterator[None]:
+def evaluation_mode(program: Callable) -> Iterator[None]:
+    """Within, a module and its parts are in evaluation mode; each gets its own mode back."""
     roots = [program] if isinstance(program, nn.Module) else _modules_referred_to(program).values()
     modules = [module for root in roots for module in root.modules()]
     modes = [module.training for module in modules]
@@ -192,7 +201,7 @@ def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> pouti
         torch.no_grad(),
         poutine.block(),
         pyro.get_param_store().scope(),
-        _evaluation_mode(program),
+        evaluation_mode(program),
     ):
         return poutine.trace(program if observed else poutine.uncondition(program)).get_trace(*batch)
 
@@ -219,7 +228,7 @@ class Program(nn.Module):
             pyro.get_param_store().scope(store),
             torch.random.fork_rng(),
             poutine.block(),
-            _evaluation_mode(function),
+            evaluation_mode(function),
         ):
             poutine.trace(function).get_trace(*batch)
         known = {id(parameter) for parameter in self.parameters()}
@@ -227,7 +236,8 @@ class Program(nn.Module):
             if id(value) not in known:
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
                 self._store["params"][name] = parameter
-                self.register_parameter(name.replace(".", "-"), parameter)
+                own = name.replace(".", "-")
+                self.register_parameter(f"param {own}" if hasattr(self, own) else own, parameter)
 
     def forward(self, *batch: Tensor) -> Any:
         with pyro.get_param_store().scope(self._store):
@@ -291,19 +301,34 @@ class Copies(Messenger):
     """Run programs on ``copies`` copies of a batch, with the encoder's work done once for each row.
 
     Particles are copies of the rows, so whatever handles a batch handles particles, and global sites are drawn once.
-    Inside this handler a guide's :func:`encode` sees the first copy only and its result is repeated.
+    Inside this handler a guide's :func:`encode` sees the first copy only and its result is repeated. A guide that is
+    run :meth:`again` gets the features of its first run as constants, so that an encoder with dropout gives the same.
     """
 
     def __init__(self, copies: int) -> None:
         super().__init__()
         self.copies = copies
+        self.features: list[Tensor] = []
+        self.known: Iterator[Tensor] | None = None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, encoders give what they gave before, without gradient."""
+        self.known = iter(self.features)
+        try:
+            yield
+        finally:
+            self.known = None
 
     def _pyro_encode(self, msg: dict[str, Any]) -> None:
-        if self.copies > 1:
+        if self.known is not None:
+            msg["value"] = next(self.known).detach()
+        else:
             rows = len(msg["args"][0]) // self.copies
             features = msg["fn"](*(x[:rows] for x in msg["args"]))
             msg["value"] = repeat((features,), self.copies)[0]
-            msg["done"] = True
+            self.features.append(msg["value"])
+        msg["done"] = True
 
 
 def encode(encoder: Callable, *batch: Tensor) -> Tensor:

@@ -32,9 +32,11 @@ class Terms:
         log_likelihoods: log p(x | z) at each observed site, ``(K, B)``.
         ratios: log q − log p at each per-observation latent site, ``(K, B)``; its expectation where a closed form was
             used.
-        global_ratios: The same at each global site, ``()``.
+        global_ratios: The same at each global latent site, and −log p at each global observed site, ``()``.
         observations: How many observations the whole data set has.
         guide_trace, model_trace: The traces themselves, of ``K * B`` rows.
+        closed_form: Whether closed-form divergences were asked for and are valid, guide and model drawing their sites
+            in the same order.
     """
 
     log_likelihoods: dict[str, Tensor]
@@ -43,6 +45,7 @@ class Terms:
     observations: int
     guide_trace: poutine.Trace
     model_trace: poutine.Trace
+    closed_form: bool
 
     @property
     def log_likelihood(self) -> Tensor:
@@ -59,7 +62,7 @@ class Terms:
 
     @property
     def global_rate(self) -> Tensor | float:
-        """Divergence of the global sites per observation."""
+        """What the global sites add to the loss of each observation: divergences, less log-densities observed."""
         return _total(self.global_ratios) / self.observations if self.global_ratios else 0.0
 
     def origin_of_nan(self) -> str:
@@ -103,10 +106,11 @@ def run_programs(
         ValueError: If the guide's sites are not the model's latent ones, or one has no reparameterised sample.
     """
     rows = repeat(batch, particles)
-    with Copies(particles):
+    with Copies(particles) as copies:
         guide_trace = poutine.trace(guide).get_trace(*rows)
         if frozen_guide:
-            guide_trace = _frozen_replay(guide, guide_trace, rows, through)
+            with copies.again():
+                guide_trace = _frozen_replay(guide, guide_trace, rows, through)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*rows)
     drawn, modelled = sample_sites(guide_trace), sample_sites(model_trace)
     latents = [name for name, node in modelled.items() if not node["is_observed"]]
@@ -121,12 +125,17 @@ def run_programs(
             global_ratios[name] = ratio
         else:
             ratios[name] = ratio.view(particles, -1)
-    log_likelihoods = {
-        name: per_row(node, node["fn"].log_prob(node["value"])).view(particles, -1)
-        for name, node in observed_sites(model_trace).items()
-    }
-    total = observations or _observations(modelled, len(batch[0]))
-    return Terms(log_likelihoods, ratios, global_ratios, total, guide_trace, model_trace)
+    log_likelihoods = {}
+    for name, node in observed_sites(model_trace).items():
+        log_prob = per_row(node, node["fn"].log_prob(node["value"]))
+        if data_frame(node) is None:
+            global_ratios[name] = -log_prob
+        else:
+            log_likelihoods[name] = log_prob.view(particles, -1)
+    if not log_likelihoods:
+        raise ValueError('the model observes nothing in the plate "data"; give a site in it obs=x')
+    total = observations or _observations(model_trace, modelled, len(batch[0]))
+    return Terms(log_likelihoods, ratios, global_ratios, total, guide_trace, model_trace, same_order)
 
 
 def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Tensor:
@@ -139,11 +148,12 @@ def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Te
     return per_row(p, kl)
 
 
-def _observations(sites: dict[str, dict[str, Any]], rows: int) -> int:
+def _observations(trace: poutine.Trace, sites: dict[str, dict[str, Any]], rows: int) -> int:
     frame = next((frame for frame in map(data_frame, sites.values()) if frame is not None), None)
     if frame is None:
         raise ValueError('no site stands in the plate "data"; write `with pyro.plate("data", len(x)):`')
-    return rows if frame.full_size in (None, frame.size) else frame.full_size
+    subsamples = getattr(trace.nodes["data"]["fn"], "subsample_size", None) is not None
+    return rows if frame.full_size is None or (frame.full_size == frame.size and not subsamples) else frame.full_size
 
 
 def _check_latents(drawn: dict[str, dict[str, Any]], latents: list[str]) -> None:
@@ -168,16 +178,26 @@ def _frozen_replay(
     rows: tuple[Tensor, ...],
     through: Callable[[dict[str, Any]], Tensor] | None,
 ) -> poutine.Trace:
-    """The guide run again on its own draws, its parameters taken as constants."""
+    """The guide run again on its own draws, its parameters taken as constants.
+
+    Where draws pass through something, global ones are constants in what follows from them, and keep the density of
+    the first run: the weights are of per-observation sites, whose gradient reaches global ones along the draws alone.
+    """
     parameters: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
     parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
     if hasattr(guide, "parameters"):
         parameters += guide.parameters()
+    held, fixed = trace, dict[str, dict[str, Any]]()
     if through is not None:
-        for node in sample_sites(trace).values():
-            node["value"] = through(node)
+        held = poutine.Trace()
+        for name, node in sample_sites(trace).items():
+            fixed |= {name: node} if data_frame(node) is None else {}
+            held.add_node(name, **node | {"value": node["value"].detach() if name in fixed else through(node)})
     with _frozen(parameters):
-        return poutine.trace(poutine.replay(unregistered(guide), trace=trace)).get_trace(*rows)
+        scored = poutine.trace(poutine.replay(unregistered(guide), trace=held)).get_trace(*rows)
+    for name, node in fixed.items():
+        scored.nodes[name] = node
+    return scored
 
 
 @contextmanager

@@ -341,7 +341,38 @@ class TestVamp:
             AmortizedGuide(Model(), nn.Identity())
 
 
+@pytest.mark.parametrize("name", ["items", "type", "a.b", "a%2Eb"])
+def test_any_site_name_will_do(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    assert AmortizedGuide(model, nn.Identity())(torch.zeros(3, 2))[name].shape == (3, 2)
+
+
 class TestErrors:
+    def test_subsampling_plate_other_than_data(self):
+        def model(x):
+            with pyro.plate("items", 100, subsample_size=10, dim=-2):
+                w = pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(w.mean(), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        with pytest.raises(ValueError, match="'items', which subsamples 10 of 100"):
+            AmortizedGuide(model, nn.Unflatten(0, (-1, 1)))
+
+    def test_support_that_depends_on_another_draw(self):
+        def model(x):
+            u = pyro.sample("u", dist.Gamma(2.0, 1.0))
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Uniform(0.0, u))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        with pytest.raises(ValueError, match="'z' depends on what was drawn before"):
+            AmortizedGuide(model, nn.Unflatten(0, (-1, 1)))
+
     def test_discrete_latent(self):
         def model(x):
             with pyro.plate("data", len(x)):
