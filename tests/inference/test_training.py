@@ -283,10 +283,11 @@ def test_the_validation_bound_is_the_objectives_own(digits):
         progress=False,
     )
     with torch.no_grad():
-        objective = IWAE(5000)(model, guide)
-        bounds = torch.cat([objective.bound(x[None].float()) for x in digits.validation])
-    # 30 rows, each bound's noise below 0.02 nats: the mean's below 0.004.
-    assert run.history["validation"].iloc[-1] == pytest.approx(float(bounds.mean()), abs=0.02)
+        objective = IWAE(500)(model, guide)
+        torch.manual_seed(0)
+        # 1000 rows at a time, copies counted: the same draws as in training, so the same number.
+        bounds = torch.cat([objective.bound(x.float()) for x in digits.validation.split(2)])
+    assert run.history["validation"].iloc[-1] == pytest.approx(float(bounds.mean()), rel=1e-6)
 
 
 def test_steps_may_be_fewer_than_an_epoch_and_the_last_batch_may_be_partial(digits):
