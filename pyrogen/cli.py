@@ -50,6 +50,8 @@ or in YAML:
 
   prior: {class_path: Mixture, init_args: {components: 20}}
 
+An option may be such a class itself: --objective.beta LinearSchedule --objective.beta.steps 1000
+
 --prior.help Mixture prints its documentation, and --prior.help the names."""
 
 
@@ -181,7 +183,7 @@ def _split_part_options(arguments: list[str]) -> tuple[list[str], dict[str, dict
     """Take ``--prior.components 20`` and its like out of the arguments, and ``--prior.help NAME`` too."""
     left: list[str] = []
     options: dict[str, dict[str, Any]] = {}
-    flag = re.compile(rf"--({'|'.join(ROLES)})\.(\w+)(?:=(.*))?", re.S)
+    flag = re.compile(rf"--({'|'.join(ROLES)})\.(\w+(?:\.\w+)*)(?:=(.*))?", re.S)
     words = iter(arguments)
     for word in words:
         found = flag.fullmatch(word)
@@ -194,10 +196,19 @@ def _split_part_options(arguments: list[str]) -> tuple[list[str], dict[str, dict
             return left, options, (role, raw or "")
         if raw is None:
             raise ValueError(f"{word} needs a value")
+        *outer, last = key.split(".")
+        place = options.setdefault(role, {})
+        for each in outer:
+            named = place.get(each)
+            if isinstance(named, str):
+                place[each] = named = {"class_path": named, "init_args": {}}
+            if not isinstance(named, dict) or "init_args" not in named:
+                raise ValueError(f"{word} is an option of what --{role}.{each} NAME names; name that before it")
+            place = named["init_args"]
         try:
-            options.setdefault(role, {})[key] = yaml.safe_load(raw)
+            place[last] = yaml.safe_load(raw)
         except yaml.YAMLError:
-            options.setdefault(role, {})[key] = raw
+            place[last] = raw
     return left, options, None
 
 

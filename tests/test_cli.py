@@ -17,7 +17,7 @@ from matplotlib.image import imread
 import pyrogen as pg
 from pyrogen.cli import main
 from pyrogen.experiment import commands
-from pyrogen.inference import NonFiniteLoss
+from pyrogen.inference import LinearSchedule, NonFiniteLoss
 
 SMALL = [
     *("--epochs", "1", "--batch_size", "512", "--latent", "2", "--features", "8", "--progress", "false"),
@@ -221,6 +221,29 @@ def test_flags_win_over_the_file_and_options_of_parts_are_typed(fitted, tmp_path
     assert len(run.history) == 1 and run.options.steps == 1
 
 
+def test_an_option_may_be_a_class_with_options(tmp_path):
+    schedule = ["--objective.beta", "LinearSchedule", "--objective.beta.steps", "7", "--objective.beta.start=0.5"]
+    assert main(["fit", *SMALL, *schedule, "--out", "flags"]) == 0
+    assert loaded(tmp_path / "flags").objective.beta == LinearSchedule(7, 0.5)
+    assert main(["fit", "--config", "flags/fit.yaml", "--progress", "false", "--out", "file"]) == 0
+    assert loaded(tmp_path / "file").objective.beta == LinearSchedule(7, 0.5)
+
+
+def test_pseudo_inputs_have_the_shape_of_the_data(tmp_path):
+    assert main(["fit", *SMALL, "--prior", "Vamp", "--prior.components", "7", "--out", "out"]) == 0
+    assert loaded(tmp_path / "out").model.prior.pseudo_inputs.shape == (7, 1, 8, 8)
+
+
+@pytest.mark.parametrize("arguments", [["fit"], ["compare", "--guides", "Normal", "--objectives", "ELBO"]])
+def test_a_program_that_could_not_be_loaded_again_is_refused_before_training(arguments, tmp_path, capsys):
+    text = PROGRAMS.replace("self.hidden = hidden", "self.other_name = hidden")
+    assert text != PROGRAMS
+    (tmp_path / "forgetful.py").write_text(text)
+    assert main([*arguments, "--model", "forgetful.py:Model", "--steps", "1", "--out", "out"]) == 2
+    assert "does not keep its argument 'hidden'" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("arguments", "likelihood"), [([], "Bernoulli"), (["--binarize", "null"], "QuantizedNormal")])
 def test_likelihood_suits_the_data(arguments, likelihood, tmp_path):
     assert main(["fit", *SMALL, *arguments, "--out", "out"]) == 0
@@ -273,7 +296,12 @@ def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
         (["compare", "--guides", "Normal", "Flwo"], "unknown family 'Flwo'; did you mean Flow?"),
         (["fit", "--family", "Flow", "--family.layer", "2"], "no option 'layer'; did you mean layers?"),
         (["fit", "--family", "Flow", "--family.layers", "many"], "Expected a <class 'int'>. Got value: many"),
+        (["fit", "--family", "Flow", "--family.transform", "afine_coupling"], "did you mean affine_coupling"),
         (["fit", "--likelihood.scale", "2"], "name it"),
+        (["fit", "--objective.beta", "LinerSchedule"], "Expected a dot import path string: LinerSchedule"),
+        (["fit", "--objective.beta", "LinearSchedule"], "missing a required argument: 'steps'"),
+        (["fit", "--objective.beta", "LinearSchedule", "--objective.beta.stps", "3"], "did you mean steps?"),
+        (["fit", "--objective.beta.steps", "3"], "name that before it"),
         (["fit", "--family.layers"], "--family.layers needs a value"),
         (["compare", "--family.layers", "2"], "unrecognized arguments: --family.layers"),
         (["fit", "--epoch", "2"], "unrecognized arguments: --epoch 2; did you mean --epochs?"),

@@ -20,6 +20,7 @@ from pyrogen.inference.programs import (
     Site,
     data_frame,
     latent_sites,
+    no_sites,
     prototype,
     repeat,
     sample_sites,
@@ -148,11 +149,7 @@ def _prepare(model: Callable, guide: Callable | None, batch: tuple[Tensor, ...],
     if guide is not None:
         drawn = sample_sites(prototype(guide, *first))
         masses = tuple(name for name in latents if is_point_mass(drawn[name]["fn"]))
-    return Prepared(model, guide or _nothing, batch, latents, nodes, masses)
-
-
-def _nothing(*batch: Tensor) -> None:
-    """The guide of a model without latent sites."""
+    return Prepared(model, guide or no_sites, batch, latents, nodes, masses)
 
 
 def _placed(x: Tensor | Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, ...]:

@@ -152,6 +152,8 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
     with settings.limited_threads(data), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = settings.build_model(data)
+        encoder = settings.build_encoder(data)
+        describe([model, encoder, *guides.values()])  # as in run_fit
         table = compare(
             model,
             guides,

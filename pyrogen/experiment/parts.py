@@ -1,15 +1,15 @@
 """Parts by name: any class by its short name, its import path or ``FILE.py:NAME``, with the arguments for it.
 
 A part is written as ``Flow``, or with arguments as ``{class_path: Flow, init_args: {layers: 2}}``, on the command line
-and in YAML alike.
+and in YAML alike. An argument may be a part itself, such as a schedule of the weight β.
 """
 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -74,7 +74,11 @@ class Part:
 
 
 def names(role: str) -> dict[str, Any]:
-    """The short names that a role knows, with what they stand for."""
+    """The short names that a role knows, with what they stand for; an ``option`` of a part may be any class."""
+    if role == "option":
+        packages: list[Any] = [models, networks, distributions, inference]
+        known = {name: getattr(package, name) for package in packages for name in package.__all__}
+        return {name: value for name, value in known.items() if isinstance(value, type)}
     package: Any = {"model": models, "encoder": networks, "decoder": networks, "objective": inference}.get(
         role, distributions
     )
@@ -108,13 +112,17 @@ def resolve(part: Part, role: str) -> Any:
         return known[part.name]
     if "." in part.name or ":" in part.name:
         return import_object(part.name, trust=True)
-    near = difflib.get_close_matches(part.name.lower(), {name.lower(): name for name in known}, n=3, cutoff=0.5)
-    meant = [name for name in known if name.lower() in near]
-    guess = f"did you mean {' or '.join(meant)}? " if meant else ""
     raise ValueError(
-        f"unknown {role} '{part.name}'; {guess}Known are {', '.join(sorted(known))}; else give an import path such "
-        "as package.module.NAME, or FILE.py:NAME"
+        f"unknown {role} '{part.name}'; {_guess(part.name, known)}Known are {', '.join(sorted(known))}; else give an "
+        "import path such as package.module.NAME, or FILE.py:NAME"
     )
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    """Which known names may have been meant by one that is not."""
+    near = difflib.get_close_matches(name.lower(), [each.lower() for each in known], n=3, cutoff=0.5)
+    meant = [each for each in known if each.lower() in near]
+    return f"did you mean {' or '.join(meant)}? " if meant else ""
 
 
 def call(part: Part, role: str, *positional: Any, **filled: Any) -> Any:
@@ -148,7 +156,10 @@ def _build(target: Callable, part: Part, role: str, *positional: Any) -> Any:
     try:
         inspect.signature(target).bind(*positional)
     except TypeError as error:
-        raise ValueError(f"can't build the {role} {part!r}: {error}; set it with --{role}.NAME VALUE") from error
+        raise ValueError(
+            f"can't build the {role} {part!r}: {error}; options follow the name, as in "
+            "--prior Mixture --prior.components 20"
+        ) from error
     return target(*positional)
 
 
@@ -162,16 +173,44 @@ def _typed(target: Callable, part: Part, role: str, positional: int, given: set[
     options = [action.dest for action in parser._actions if "help" not in action.dest]
     for key in part.init_args:
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=2, cutoff=0.5)
-            guess = f"did you mean {' or '.join(near)}? " if near else ""
             raise ValueError(
-                f"the {role} {part.name} has no option '{key}'; {guess}It has {', '.join(options) or 'none'}"
+                f"the {role} {part.name} has no option '{key}'; {_guess(key, options)}It has "
+                f"{', '.join(options) or 'none'}"
             )
+    built = {key: _option(value) for key, value in part.init_args.items()}
     try:
-        values = parser.instantiate(parser.parse_object(part.init_args)).as_dict()
+        values = parser.instantiate(parser.parse_object(built)).as_dict()
     except (ArgumentError, TypeError) as error:
-        raise ValueError(f"the {role} {part!r}: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        for key, value in part.init_args.items():
+            if isinstance(value, str) and f'Parser key "{key}"' in message:
+                message = _choice_message(target, key, value) or message
+        raise ValueError(f"the {role} {part!r}: {message}") from error
     return {key: tuple(v) if isinstance(v := values[key], list) else v for key in part.init_args}
+
+
+def _option(value: Any) -> Any:
+    """An argument as it stands, or built where it is a part itself."""
+    is_part = (
+        "class_path" in value if isinstance(value, Mapping) else isinstance(value, str) and value in names("option")
+    )
+    return call(Part.read(value), "option") if is_part else value
+
+
+def _choice_message(target: Callable, key: str, value: str) -> str | None:
+    """What to say of a word that is none of those to choose from; None where there is no such choice."""
+    try:
+        choices = _choices(inspect.signature(target, eval_str=True).parameters[key].annotation)
+    except (NameError, TypeError, KeyError):  # annotations of a user's own that can't be read
+        return None
+    return f"unknown {key} '{value}'; {_guess(value, choices)}It takes {', '.join(choices)}" if choices else None
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words among which a type lets one choose."""
+    if get_origin(hint) is Literal:
+        return [each for each in get_args(hint) if isinstance(each, str)]
+    return [word for part in get_args(hint) for word in _choices(part)]
 
 
 def describe_part(part: Part, role: str) -> str:

@@ -15,7 +15,7 @@ from pyrogen.data import Data, as_float
 
 __all__ = ["Batches", "as_batch", "check_data", "training_and_validation"]
 
-_CHUNK = 4096
+CHUNK = 4096
 """How many rows are checked at a time, so that the check needs little memory."""
 
 
@@ -70,7 +70,7 @@ class Batches:
         """The minibatches of one epoch as a program sees them, without the first ``skip``."""
         return self._batches(self.order(epoch)[skip * self.batch_size :], self.batch_size, device)
 
-    def in_order(self, device: torch.device, size: int = _CHUNK) -> Iterator[tuple[Tensor, ...]]:
+    def in_order(self, device: torch.device, size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
         """All rows once as they are stored, in batches of at most ``size``."""
         return self._batches(torch.arange(len(self)), size, device)
 
@@ -159,8 +159,8 @@ def check_data(rows: tuple[Tensor, ...] | Dataset) -> None:
         return
     for position, x in enumerate(rows):
         if x.is_floating_point():
-            for start, chunk in enumerate(x.split(_CHUNK)):
-                check_finite(chunk, position, start * _CHUNK)
+            for start, chunk in enumerate(x.split(CHUNK)):
+                check_finite(chunk, position, start * CHUNK)
 
 
 def check_finite(x: Tensor, position: int, start: int) -> None:

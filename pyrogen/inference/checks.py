@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrogen.inference.batches import Batches, check_finite
+from pyrogen.inference.batches import CHUNK, Batches, check_finite
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.programs import (
     Site,
@@ -25,7 +25,6 @@ from pyrogen.inference.programs import (
 
 __all__ = ["check_programs", "check_values", "first_parameter", "modules_of"]
 
-_CHUNK = 4096
 _DRAWS = 100
 
 
@@ -71,8 +70,11 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor) -> N
             f"{extra or 'none'}. Give the sites the same names, and mark helper sites of the guide with "
             'infer={"is_auxiliary": True}'
         )
+    _check_follows(drawn, len(batch[0]))
     for name, site in latents.items():
         _check_site(site, model_trace.nodes[name], drawn[name])
+    if len(batch[0]) > 1:
+        _check_follows(sample_sites(prototype(guide, *(x[:-1] for x in batch))), len(batch[0]) - 1)
 
 
 def _check_data_plate(trace: poutine.Trace, rows: int) -> None:
@@ -113,6 +115,18 @@ def _check_site(site: Site, model_node: Any, guide_node: Any) -> None:
             "transform the guide's distribution, e.g. with torch.distributions.biject_to(support), as AmortizedGuide "
             "does"
         )
+
+
+def _check_follows(drawn: dict[str, Any], rows: int) -> None:
+    """See that the guide draws for the rows that it is given."""
+    for name, node in drawn.items():
+        frame = data_frame(node)
+        if frame is not None and frame.size != rows:
+            raise ValueError(
+                f"the guide draws site '{name}' for {frame.size} rows when it is given {rows}, so it has parameters for "
+                "each observation and can serve neither minibatches nor other data; use a guide that follows the rows "
+                "it is given, such as AmortizedGuide(model, encoder)"
+            )
 
 
 def _fits_support(support: constraints.Constraint, node: Any) -> bool:
@@ -172,10 +186,10 @@ def check_values(model: Callable, batches: Batches) -> None:
     positions = {name: next((i for i, x in enumerate(batch) if x is node["value"]), -1) for name, node in sites.items()}
     as_given = all(position >= 0 for position in positions.values())
     with seeded(None, device):
-        for count, part in enumerate(batches.in_order(device, _CHUNK)):
+        for count, part in enumerate(batches.in_order(device)):
             if not isinstance(batches.rows, tuple):
                 for position, x in enumerate(part):
-                    check_finite(x, position, count * _CHUNK)
+                    check_finite(x, position, count * CHUNK)
             # What the model makes of the data before it observes them is seen only by running it.
             nodes = sites if as_given else observed_sites(prototype(model, *part))
             for name, node in nodes.items():

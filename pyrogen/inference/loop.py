@@ -33,6 +33,7 @@ from pyrogen.inference.checkpoints import (
     unique_tensors,
     write_tensors,
 )
+from pyrogen.inference.programs import no_sites
 from pyrogen.inference.run import SETTINGS, FitOptions, Run, settings_of, write_run, write_yaml
 
 __all__ = ["CHECKPOINT", "NonFiniteLoss", "Training"]
@@ -66,7 +67,7 @@ class Training:
         self.callbacks = callbacks
         self.fabric = fabric
         options = run.options
-        self.programs = run.objective(run.model, _no_sites if run.guide is None else run.guide)
+        self.programs = run.objective(run.model, no_sites if run.guide is None else run.guide)
         self.optimizer = _optimizer(self.programs, options, fabric.device)
         self.module: Any
         self.module, self.stepper = fabric.setup(self.programs, self.optimizer)
@@ -284,10 +285,6 @@ def first_difference(there: Any, here: Any, name: str = "") -> str | None:
         )
         return next((difference for difference in found if difference is not None), None)
     return None if there == here else f"{name} was {there!r} and is {here!r}"
-
-
-def _no_sites(*batch: Tensor) -> None:
-    """The guide of a model without latent sites."""
 
 
 def _factor(schedule: str | Callable[[float], float], share: float) -> float:

@@ -37,6 +37,7 @@ __all__ = [
     "is_real",
     "latent_sites",
     "make_example",
+    "no_sites",
     "observed_sites",
     "per_row",
     "prototype",
@@ -288,6 +289,10 @@ def as_module(program: Callable, *batch: Tensor) -> nn.Module:
         if all(id(value.unconstrained() if hasattr(value, "unconstrained") else value) in known for value in seen):
             return program
     return Program(program, *batch)
+
+
+def no_sites(*batch: Tensor) -> None:
+    """The guide of a model without latent sites."""
 
 
 def repeat(batch: Sequence[Tensor], copies: int) -> tuple[Tensor, ...]:

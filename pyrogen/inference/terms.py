@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyrogen.inference.divergences import closed_form_kl
@@ -142,10 +144,14 @@ def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Te
     """log q − log p at one site, per row; its expectation where the closed form may be used."""
     if p is None:  # a helper site of the guide
         return per_row(q, q["fn"].log_prob(q["value"]))
-    kl = closed_form_kl(q["fn"], p["fn"]) if closed_form else None
+    prior, mask = p["fn"], None
+    if isinstance(prior, dist.MaskedDistribution):
+        prior, mask = prior.base_dist, prior._mask
+    kl = closed_form_kl(q["fn"], prior) if closed_form else None
     if kl is None:
-        kl = q["fn"].log_prob(q["value"]) - p["fn"].log_prob(q["value"])
-    return per_row(p, kl)
+        kl = q["fn"].log_prob(q["value"]) - prior.log_prob(q["value"])
+    # Where the model masks a site out, as at the observed rows of one with obs_mask, the guide's draw is idle there.
+    return per_row(p, kl if mask is None else scale_and_mask(kl, mask=mask))
 
 
 def _observations(trace: poutine.Trace, sites: dict[str, dict[str, Any]], rows: int) -> int:

@@ -90,7 +90,7 @@ def test_an_encoder_works_once_for_each_row():
     rows = []
     encoder.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
     log_likelihood(model, guide, torch.zeros(6, 1, 4, 4), 100, rows=200)
-    assert sum(rows) == 6 + 2 * 2  # and the two checks
+    assert sum(rows) == 6 + (2 + 1 + 2)  # and the checks
 
 
 def test_global_sites_give_the_predictive_density(global_mean):

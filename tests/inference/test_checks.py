@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions import biject_to, constraints
 from torch.utils.data import Dataset
@@ -53,6 +54,12 @@ def outside(x):
     pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(2))
 
 
+def per_observation(x):
+    """A guide with parameters for each of seven observations."""
+    with pyro.plate("data", 7):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(7, 2)), 1.0).to_event(1))
+
+
 POSITIVE = dist.LogNormal(torch.zeros(2), 1.0).to_event(1)
 BAD = {
     "no data plate": (program(plate="rows"), guide(plate="rows"), 'no plate named "data"'),
@@ -63,6 +70,8 @@ BAD = {
     "extra": (program(), two_sites, r"missing: none, extra: \['extra'\]"),
     "shape": (program(), guide(dist.Normal(torch.zeros(3), 1.0).to_event(1)), r"\(6, 2\) in the model but \(6, 3\)"),
     "outside the plate": (program(), outside, "inside the plate"),
+    "not amortized": (program(), per_observation, "the guide draws site 'z' for .* rows when it is given"),
+    "autoguide": (program(), AutoNormal(program()), "the guide draws site 'z.*' for .* rows when it is given"),
     "support": (program(POSITIVE), guide(), "support IndependentConstraint.* in the model but IndependentConstraint"),
     "support of a flow": (
         program(POSITIVE),

@@ -521,6 +521,32 @@ def test_scaled_and_masked_sites_count_as_pyro_counts_them():
     assert ELBO().loss(model, guide, x) * 6 == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("objective", [ELBO(), IWAE(3)], ids=repr)
+@pytest.mark.parametrize("how", ["obs_mask", "masked distribution"])
+def test_partially_observed_rows_have_the_evidence_of_what_is_observed(objective, how):
+    """With the exact guide for z every log-weight is log p(x) where x is observed, else 0; the imputed x is idle."""
+    x, mask = torch.randn(6), torch.tensor([True, True, False, True, False, True])
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(1)), dist.Normal(torch.zeros(1), 1.0)))
+            if how == "obs_mask":
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x, obs_mask=mask)
+            else:
+                pyro.sample("x_unobserved", dist.Normal(z, 0.5).mask(~mask))
+                pyro.sample("x", dist.Normal(z, 0.5).mask(mask), obs=x)
+
+    def guide(x, mask):
+        variance = 1 / (1 + 4 * mask.float())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(4 * x * mask * variance, variance.sqrt()))
+            # Anything will do where x is observed.
+            pyro.sample("x_unobserved", dist.Normal(torch.where(mask, 3.0, z), 0.5))
+
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(x) * mask
+    torch.testing.assert_close(objective.bound(model, guide, x, mask), exact)
+
+
 def test_auxiliary_sites_of_pyros_autoguides_count(ppca):
     """A full-rank Pyro guide draws a helper site and point masses with a density; none of it may be lost."""
     model, x = ppca

@@ -170,6 +170,8 @@ def test_resuming_with_other_rows_or_another_model_is_refused(digits, tmp_path):
     short_fit(x, epochs=1, out=tmp_path / "run")
     with pytest.raises(ValueError, match=r"data.rows was 30 and is 20|observations was 30 and is 20"):
         short_fit(x[:20], epochs=2, out=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"data.fingerprint was '\w+' and is '\w+'"):
+        short_fit(x.flip(-1), epochs=2, out=tmp_path / "run", resume=True)
     model = LatentVariableModel(StandardNormal(3), Bernoulli(MLP(3, (1, 8, 8))))
     again: dict[str, Any] = {"epochs": 2, "resume": True, "progress": False}
     with pytest.raises(ValueError, match=r"written by a fit that differs: model\.init_args\.prior"):
