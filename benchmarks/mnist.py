@@ -106,7 +106,7 @@ def time_steps(data: pg.data.Data, steps: int, rounds: int) -> None:
 
 FITS = {
     "ELBO": (Normal, ELBO()),
-    "ELBO, flow posterior": (partial(Flow, layers=2, hidden=(HIDDEN,)), ELBO()),
+    "ELBO, flow posterior": (partial(Flow, layers=2, hidden=(100,)), ELBO(sticking_the_landing=True)),
     "IWAE, 5 particles": (Normal, IWAE(5)),
 }
 
