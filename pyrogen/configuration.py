@@ -148,7 +148,8 @@ def _arguments(value: Any, seen: dict[int, tuple[Any, Any]]) -> dict[str, Any]:
                 f"{type(value).__name__} does not keep its argument '{name}' as an attribute, so it can't be built "
                 f"again from a file; write `self.{name} = {name}` in its constructor"
             )
-        argument = getattr(value, name)
+        # Where a method has the argument's name, the value is kept under that name with an underscore behind.
+        argument = getattr(value, f"{name}_" if callable(getattr(type(value), name, None)) else name)
         # torch's own layers keep a parameter under the name of the switch that asked for it, such as `bias`.
         switch = of_torch and isinstance(argument, nn.Parameter)
         arguments[name] = True if switch else describe(argument, seen)

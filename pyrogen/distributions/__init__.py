@@ -2,6 +2,7 @@
 
 from pyrogen.distributions.families import Delta, MultivariateNormal, Normal, StandardNormal
 from pyrogen.distributions.flow import Flow
+from pyrogen.distributions.implicit import Implicit
 from pyrogen.distributions.level_likelihoods import (
     CategoricalLikelihood,
     DiscretizedLogisticMixture,
@@ -14,6 +15,7 @@ from pyrogen.distributions.likelihoods import (
     NormalLikelihood,
 )
 from pyrogen.distributions.mixtures import Mixture, Vamp
+from pyrogen.distributions.semi_implicit import SemiImplicit
 
 __all__ = [
     "Bernoulli",
@@ -22,12 +24,14 @@ __all__ = [
     "Delta",
     "DiscretizedLogisticMixture",
     "Flow",
+    "Implicit",
     "LaplaceLikelihood",
     "Mixture",
     "MultivariateNormal",
     "Normal",
     "NormalLikelihood",
     "QuantizedNormal",
+    "SemiImplicit",
     "StandardNormal",
     "Vamp",
 ]

@@ -1,5 +1,6 @@
 """Evaluation: how likely held-out data are, what the latents carry, samples, and posteriors for ArviZ."""
 
+from pyrogen.evaluation.calibration import RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.inference_data import to_arviz
 from pyrogen.evaluation.likelihood import ImportanceSampling, importance_sampling, log_likelihood
 from pyrogen.evaluation.rates import RateDistortion, rate_distortion
@@ -12,8 +13,11 @@ __all__ = [
     "Evaluation",
     "ImportanceSampling",
     "RateDistortion",
+    "RatioCalibration",
     "active_units",
+    "calibrate_ratio",
     "evaluate",
+    "fit_ratio",
     "importance_sampling",
     "log_likelihood",
     "posterior_samples",

@@ -1,25 +1,71 @@
 """Guides, objectives and training."""
 
+from pyrogen.inference.adversarial import GAN
 from pyrogen.inference.guides import AmortizedGuide
+from pyrogen.inference.kernels import (
+    EnergyKernel,
+    GaussianKernel,
+    InverseMultiquadraticKernel,
+    LaplacianKernel,
+    maximum_mean_discrepancy,
+)
 from pyrogen.inference.loop import NonFiniteLoss
+from pyrogen.inference.matching import WAE, BetaTCVAE, InfoVAE
 from pyrogen.inference.objectives import ELBO, IWAE, Objective, Renyi
-from pyrogen.inference.run import FitOptions, OutputExistsError, Run, load, save
+from pyrogen.inference.ratios import (
+    NWJ,
+    DonskerVaradhan,
+    Hinge,
+    JensenShannon,
+    LeastSquares,
+    Logistic,
+    Ratio,
+    Wasserstein,
+)
+from pyrogen.inference.run import CriticOptions, FitOptions, OutputExistsError, Run, load, save
+from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
 from pyrogen.inference.schedules import CyclicalSchedule, LinearSchedule
+from pyrogen.inference.telescoping import Telescoping
 from pyrogen.inference.training import fit
 
 __all__ = [
+    "AAE",
+    "AVB",
+    "VGH",
+    "AlphaGAN",
+    "Hybrid",
+    "VGHPlusPlus",
     "ELBO",
+    "GAN",
     "IWAE",
+    "NWJ",
+    "WAE",
     "AmortizedGuide",
+    "BetaTCVAE",
+    "CriticOptions",
     "CyclicalSchedule",
+    "DonskerVaradhan",
+    "EnergyKernel",
     "FitOptions",
+    "GaussianKernel",
+    "Hinge",
+    "InfoVAE",
+    "InverseMultiquadraticKernel",
+    "JensenShannon",
+    "LaplacianKernel",
+    "LeastSquares",
     "LinearSchedule",
+    "Logistic",
     "NonFiniteLoss",
     "Objective",
     "OutputExistsError",
+    "Ratio",
     "Renyi",
     "Run",
+    "Telescoping",
+    "Wasserstein",
     "fit",
     "load",
+    "maximum_mean_discrepancy",
     "save",
 ]

@@ -70,6 +70,10 @@ class Batches:
         """The minibatches of one epoch as a program sees them, without the first ``skip``."""
         return self._batches(self.order(epoch)[skip * self.batch_size :], self.batch_size, device)
 
+    def some(self, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+        """A batch of rows drawn at random, from the global random state."""
+        return next(self._batches(torch.randint(len(self), (rows,)), rows, device))
+
     def in_order(self, device: torch.device, size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
         """All rows once as they are stored, in batches of at most ``size``."""
         return self._batches(torch.arange(len(self)), size, device)

@@ -41,8 +41,10 @@ def first_parameter(*programs: Callable | None) -> Tensor | None:
     return next((p for module in modules for p in module.parameters() if p.is_floating_point()), None)
 
 
-def check_programs(model: Callable, guide: Callable | None, *batch: Tensor) -> None:
+def check_programs(model: Callable, guide: Callable | None, *batch: Tensor, guided: bool = True) -> None:
     """Run model and guide once and see that they fit each other and the data, before any training starts.
+
+    Without ``guided`` no guide is asked for.
 
     Raises:
         ValueError: Without a ``"data"`` plate of the batch's length, without an observed site, with a discrete latent
@@ -52,7 +54,7 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor) -> N
     _check_data_plate(model_trace, len(batch[0]))
     latents = latent_sites(model_trace)
     if guide is None:
-        if latents:
+        if latents and guided:
             raise ValueError(
                 f"the model has the latent sites {[*latents]} but there is no guide for them; pass one, such as "
                 "AmortizedGuide(model, encoder)"

@@ -32,7 +32,7 @@ from pyrogen.inference.programs import (
     sample_sites,
 )
 
-__all__ = ["AmortizedGuide", "Family"]
+__all__ = ["AmortizedGuide", "Family", "flattened", "stand_in_batch"]
 
 Family = Callable[[int | tuple[int, ...], int], nn.Module] | nn.Module
 """What builds a conditional distribution from ``(features, context)``, or one already built."""
@@ -92,7 +92,7 @@ class AmortizedGuide(PyroModule):
         priors = [part for part in _modules(model) if isinstance(part, Vamp)]
         for prior in priors:
             prior.bind(partial(_stand_in, StandardNormal(prior.features)))
-        batch, trace = _read(model) if batch is None else (batch, prototype(model, *batch))
+        batch, trace = stand_in_batch(model) if batch is None else (batch, prototype(model, *batch))
         self.sites = latent_sites(trace)
         _check_supports(model, batch, self.sites)
         if not self.sites:
@@ -175,7 +175,7 @@ class AmortizedGuide(PyroModule):
                     stack.enter_context(opened[plate.name])
                 draws[site.name] = pyro.sample(site.name, q)
             if len(draws) < len(self.sites):
-                parts = torch.cat([parts, _flatten(site, draws[site.name], rows)], -1)
+                parts = torch.cat([parts, flattened(site, draws[site.name], rows)], -1)
         return draws
 
     def extra_repr(self) -> str:
@@ -209,7 +209,7 @@ def _as_example(example: Any) -> tuple[Tensor, ...]:
     return make_example(batch) if isinstance(batch[0], Mapping) else batch
 
 
-def _read(model: Callable) -> tuple[tuple[Tensor, ...], poutine.Trace]:
+def stand_in_batch(model: Callable) -> tuple[tuple[Tensor, ...], poutine.Trace]:
     """A batch for the encoder and a trace of the model with nothing observed."""
     device = next((parameter.device for part in _modules(model) for parameter in part.parameters()), None)
     try:
@@ -288,7 +288,7 @@ def _place(site: Site, context: Tensor) -> Tensor:
     return context.permute(*order, len(dims)).reshape(*shape, context.shape[-1])
 
 
-def _flatten(site: Site, value: Tensor, rows: int) -> Tensor:
+def flattened(site: Site, value: Tensor, rows: int) -> Tensor:
     """All unconstrained values of a site that belong to one observation, ``(B, n)``."""
     if not is_real(site.support):
         value = biject_to(site.support).inv(value)

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from pyrogen.inference.checkpoints import (
     unique_tensors,
     write_tensors,
 )
-from pyrogen.inference.programs import no_sites
 from pyrogen.inference.run import SETTINGS, FitOptions, Run, settings_of, write_run, write_yaml
+from pyrogen.inference.watch import CriticWatch
 
 __all__ = ["CHECKPOINT", "NonFiniteLoss", "Training"]
 
@@ -67,11 +68,25 @@ class Training:
         self.callbacks = callbacks
         self.fabric = fabric
         options = run.options
-        self.programs = run.objective(run.model, no_sites if run.guide is None else run.guide)
-        self.optimizer = _optimizer(self.programs, options, fabric.device)
+        self.programs = run.objective(run.model, run.guide)
+        self.programs.to(fabric.device)
+        critics = [*run.objective.critics.parameters()]
+        self.trained = _trained(self.programs, critics)
+        self.optimizers = {"program": _optimizer(self.trained, options, fabric.device)}
+        self.learning_rates = {"program": options.learning_rate}
+        if critics:
+            self.learning_rates["critic"] = options.critic.learning_rate or options.learning_rate
+            self.optimizers["critic"] = _adam(
+                critics, self.learning_rates["critic"], options, fabric.device, betas=options.critic.betas
+            )
+        self.critic_steps = (options.critic.steps or run.objective.critic_steps) if critics else 1
         self.module: Any
-        self.module, self.stepper = fabric.setup(self.programs, self.optimizer)
-        self.module.mark_forward_method("bound")
+        self.module, *steppers = fabric.setup(self.programs, *self.optimizers.values())
+        self.steppers = dict(zip(self.optimizers, steppers, strict=True))
+        for name in ("bound", "critic_loss"):
+            self.module.mark_forward_method(name)
+        self.averaged = [p.detach().clone() for p in self.trained] if options.average is not None else []
+        self.watch = CriticWatch()
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
         self.batches = batches.to(fabric.device, dtype)
         self.fingerprint = batches.fingerprint()
@@ -97,6 +112,7 @@ class Training:
                 task = bar.add_task("fit", total=self.total, completed=self.step, loss="")
                 while self.step < self.total and not stop and not self.out_of_patience:
                     stop = self._epoch(bar, task)
+            self._take_averaged()
             if self.best_weights:
                 load_weights(self.run.programs, self.best_weights, "the best weights")
             if self.folder is not None:
@@ -114,6 +130,7 @@ class Training:
         rows = count = 0
         self.programs.train()
         for batch in self.batches.epoch(epoch, self.fabric.device, skip=done):
+            self._critic_steps(len(batch[0]))
             metrics = self._step(batch)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -126,8 +143,10 @@ class Training:
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
         row = {"epoch": epoch + 1, "step": self.step} | {name: float(v) / count for name, v in sums.items()}
-        row["validation"] = self._validate(epoch)
-        row |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": self.run.seconds}
+        self.watch.look(row, count)
+        row["validation"] = math.nan
+        row[self.run.objective.validates_as or "validation"] = self._validate(epoch)
+        row |= {"learning_rate": self.optimizers["program"].param_groups[0]["lr"], "seconds": self.run.seconds}
         row["rows_per_second"] = rows / seconds
         history, last = self.run.history, pd.DataFrame([row])
         self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
@@ -137,21 +156,60 @@ class Training:
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """One step of the optimizer; returns the figures of its batch, without gradients."""
         options = self.run.options
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * _factor(options.schedule, self.step / self.total)
+        factor = _factor(options.schedule, self.step / self.total)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rates[name] * factor
         loss = self.module(*batch)
         estimate: Any = self.programs.latest
         if not math.isfinite(loss.item()):
             raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", estimate.terms.origin_of_nan()))
-        self.stepper.zero_grad(set_to_none=True)
+        for stepper in self.steppers.values():
+            stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
-        if options.gradient_clip is not None:
-            self.fabric.clip_gradients(
-                self.module, self.stepper, max_norm=options.gradient_clip, error_if_nonfinite=False
-            )
-        self.stepper.step()
+        for name, stepper in self.steppers.items():
+            if name == "critic" or self.step >= options.critic.warmup or "critic" not in self.steppers:
+                self._move(stepper)
+        self._average()
         self.step += 1
-        return {"loss": loss.detach()} | estimate.metrics
+        return {"loss": loss.detach() if estimate.of_program is None else estimate.of_program} | estimate.metrics
+
+    def _move(self, stepper: Any) -> None:
+        clip = self.run.options.gradient_clip
+        if clip is not None:
+            self.fabric.clip_gradients(self.module, stepper, max_norm=clip, error_if_nonfinite=False)
+        stepper.step()
+
+    def _critic_steps(self, rows: int) -> None:
+        """The steps that critics take before the one that they share with the program."""
+        for _ in range(self.critic_steps - 1):
+            loss = self.module.critic_loss(*self.batches.some(rows, self.fabric.device))
+            self.steppers["critic"].zero_grad(set_to_none=True)
+            self.fabric.backward(loss)
+            self._move(self.steppers["critic"])
+
+    def _average(self) -> None:
+        """Move the averaged weights; at first faster, so that the initial ones are soon forgotten."""
+        if self.averaged:
+            decay = min(self.run.options.average or 0.0, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.trained], 1 - decay)
+
+    @contextmanager
+    def _with_averaged(self) -> Iterator[None]:
+        """Within, the programs have the averaged weights, if there are any."""
+        own = [p.detach().clone() for p in self.trained] if self.averaged else []
+        self._take_averaged()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self.trained, own, strict=False):
+                    p.copy_(value)
+
+    def _take_averaged(self) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.trained, self.averaged, strict=False):
+                p.copy_(value)
 
     def _spoiled(self) -> list[str]:
         """Names of the parameters that are not finite."""
@@ -175,12 +233,12 @@ class Training:
 
     def _validate(self, epoch: int) -> float:
         """Mean bound on the validation data from the same draws at every epoch, or NaN if it is not yet time."""
-        if self.validation is None or not self._validates(epoch):
+        if self.validation is None or self.run.objective.validates_as is None or not self._validates(epoch):
             return math.nan
         self.programs.eval()
         total = torch.zeros((), dtype=torch.float64)
         size = max(1, _VALIDATION_ROWS // self.run.objective.particles)
-        with torch.no_grad(), seeded(self.run.options.seed, self.fabric.device):
+        with torch.no_grad(), seeded(self.run.options.seed, self.fabric.device), self._with_averaged():
             for batch in self.validation.in_order(self.fabric.device, size):
                 total += self.module.bound(*batch).sum().cpu()
         return float(total) / len(self.validation)
@@ -195,7 +253,8 @@ class Training:
             self.since_best = 0 if bound > self.best else self.since_best + 1
             if bound > self.best:
                 self.best = bound
-                self.best_weights = {k: v.detach().clone() for k, v in unique_tensors(self.run.programs).items()}
+                with self._with_averaged():
+                    self.best_weights = {k: v.detach().clone() for k, v in unique_tensors(self.run.programs).items()}
         due = (epoch + 1) % options.checkpoint_every == 0 or self.step == self.total or self.out_of_patience
         if due:
             self._write_checkpoint()
@@ -210,10 +269,13 @@ class Training:
         """Everything needed to go on, in one file."""
         if self.folder is None:
             return
-        moments, optimizer = optimizer_state(self.optimizer)
         tensors = {f"weights.{name}": value for name, value in unique_tensors(self.run.programs).items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+        tensors |= {f"averaged.{index}": value for index, value in enumerate(self.averaged)}
+        optimizers = {}
+        for kind, optimizer in self.optimizers.items():
+            moments, optimizers[kind] = optimizer_state(optimizer)
+            tensors |= {f"optimizer.{kind}.{name}": value for name, value in moments.items()}
         tensors |= {f"random.{name}": value for name, value in random_state(self.fabric.device).items()}
         values = {
             "step": self.step,
@@ -222,12 +284,14 @@ class Training:
             "objective_step": self.run.objective.step,
             "seconds": self.run.seconds,
             "history": self.run.history.to_dict("list"),
-            "optimizer": optimizer,
+            "optimizers": optimizers,
+            "watch": self.watch.state(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "identity": self._identity(),
         }
         write_tensors(self.folder / CHECKPOINT, tensors, values)
-        write_run(self.run, self.folder)
+        with self._with_averaged():
+            write_run(self.run, self.folder)
 
     def _identity(self) -> dict[str, Any]:
         """What may not change when a run goes on, as plain values."""
@@ -266,7 +330,10 @@ class Training:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         load_weights(self.run.programs, under("weights."), CHECKPOINT)
-        load_optimizer(self.optimizer, under("optimizer."), values["optimizer"])
+        for kind, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, under(f"optimizer.{kind}."), values["optimizers"][kind])
+        self.averaged = [under("averaged.")[str(index)] for index in range(len(self.averaged))]
+        self.watch = CriticWatch(**values["watch"])
         self.fabric.strategy.precision.load_state_dict(values["precision"])
         self.best_weights = under("best.")
         self.step, self.since_best = values["step"], values["since_best"]
@@ -293,16 +360,31 @@ def _factor(schedule: str | Callable[[float], float], share: float) -> float:
     return {"constant": 1.0, "linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share))}[schedule]
 
 
-def _optimizer(module: nn.Module, options: FitOptions, device: torch.device) -> torch.optim.Optimizer:
-    module.to(device)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _trained(module: nn.Module, critics: list[nn.Parameter]) -> list[nn.Parameter]:
+    """The programs' parameters that are trained."""
+    apart = {id(parameter) for parameter in critics}
+    parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     if not parameters:
         raise ValueError("neither model nor guide has a parameter to train")
+    return parameters
+
+
+def _optimizer(parameters: list[nn.Parameter], options: FitOptions, device: torch.device) -> torch.optim.Optimizer:
     if options.optimizer is not None:
         return options.optimizer(parameters, lr=options.learning_rate)
+    return _adam(parameters, options.learning_rate, options, device)
+
+
+def _adam(
+    parameters: list[nn.Parameter],
+    learning_rate: float,
+    options: FitOptions,
+    device: torch.device,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Adam:
     # With scaled gradients a fused step would unscale them after they were clipped.
     fused = device.type in ("cpu", "cuda") and options.precision != "16-mixed"
-    return torch.optim.Adam(parameters, lr=options.learning_rate, fused=fused)
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, fused=fused)
 
 
 def progress_bar(*, disable: bool = False) -> Progress:

@@ -18,16 +18,17 @@ so that the expected loss of a minibatch is that of the whole data set.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro
 import pyro.infer
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
-from pyrogen.inference.programs import data_frame, per_row, unregistered
+from pyrogen.inference.programs import data_frame, evaluation_mode, per_row, unregistered
 from pyrogen.inference.terms import Terms, run_programs
 
 __all__ = ["ELBO", "IWAE", "Estimate", "Objective", "ObjectiveModule", "Renyi"]
@@ -40,6 +41,8 @@ class Estimate:
     loss: Tensor
     metrics: dict[str, Tensor]
     terms: Terms
+    of_program: Tensor | None = None
+    """Of the loss what the program minimises, where critics have a part in it."""
 
 
 class ObjectiveModule(nn.Module):
@@ -53,6 +56,7 @@ class ObjectiveModule(nn.Module):
         self.model = model
         self.guide = guide
         self.elbo = objective
+        self.critics = objective.critics
         self._programs = unregistered(model), unregistered(guide)
         self._store: Any = {"params": {}, "constraints": {}}
         self.latest: Estimate | None = None
@@ -62,6 +66,11 @@ class ObjectiveModule(nn.Module):
         with pyro.get_param_store().scope(self._store):
             self.latest = self.elbo.estimate(*self._programs, *as_batch(batch))
         return self.latest.loss
+
+    def critic_loss(self, *batch: Tensor) -> Tensor:
+        """What the critics alone minimise, see :meth:`CriticObjective.critic_loss`."""
+        with pyro.get_param_store().scope(self._store):
+            return self.elbo.critic_loss(*self._programs, *as_batch(batch))  # type: ignore[attr-defined]
 
     def bound(self, *batch: Tensor) -> Tensor:
         """The bound of each observation, see :meth:`Objective.bound`."""
@@ -78,6 +87,10 @@ class Objective(pyro.infer.ELBO):
             come in minibatches and the ``"data"`` plate is not a subsampling one; ``fit`` sets it.
     """
 
+    validates_as: ClassVar[str | None] = "validation"
+    """What the mean of :meth:`bound` over validation data is called; None where there is no such thing."""
+    uses_guide: ClassVar[bool] = True
+
     def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
         if particles < 1:
             raise ValueError(f"particles must be at least 1, got {particles}")
@@ -85,6 +98,23 @@ class Objective(pyro.infer.ELBO):
         self.particles = particles
         self.observations = observations
         self.step = 0
+        self.critics = nn.ModuleDict()
+        self.critic_steps = 1
+
+    def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
+        """See that the objective can serve these programs, and build what it needs beside them.
+
+        Raises:
+            ValueError: If it can't, such as at a site without a density.
+        """
+        self.check_guide(guide)
+        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model):
+            self.terms(model, guide, *batch)
+
+    def check_guide(self, guide: Callable | None) -> None:
+        """Raise a ``ValueError`` for a guide too many."""
+        if guide is not None and not self.uses_guide:
+            raise ValueError(f"{type(self).__name__} uses no guide; pass guide=None")
 
     def __call__(self, model: Callable, guide: Callable | None) -> ObjectiveModule:  # type: ignore[override]
         return ObjectiveModule(model, guide, self)
@@ -93,7 +123,7 @@ class Objective(pyro.infer.ELBO):
         """From log-weights ``(K, B)`` to the bound of each observation ``(B,)``."""
         raise NotImplementedError(f"{type(self).__name__} must say what it makes of log-weights")
 
-    def terms(self, model: Callable, guide: Callable, *batch: Tensor) -> Terms:
+    def terms(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Terms:
         """Run both programs once on K copies of the batch."""
         return run_programs(model, guide, batch, self.particles, observations=self.observations)
 
@@ -106,7 +136,7 @@ class Objective(pyro.infer.ELBO):
         """The scalar that is minimised."""
         return terms.global_rate - self.log_bound(terms.log_weights).mean()
 
-    def estimate(self, model: Callable, guide: Callable, *batch: Tensor) -> Estimate:
+    def estimate(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Estimate:
         """The loss of a batch in nats per observation, with the figures that training logs."""
         terms = self.terms(model, guide, *batch)
         loss = self.loss_of(terms)
@@ -120,7 +150,7 @@ class Objective(pyro.infer.ELBO):
             metrics["global_rate"] = terms.global_rate.detach()  # type: ignore[union-attr]
         return Estimate(loss, metrics, terms)
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
+    def differentiable_loss(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Tensor:
         """The loss as a tensor, for ``pyro.infer`` and for optimizers of one's own."""
         return self.estimate(model, guide, *batch).loss
 
@@ -189,7 +219,7 @@ class ELBO(Objective):
     def log_bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.mean(0)
 
-    def terms(self, model: Callable, guide: Callable, *batch: Tensor) -> Terms:
+    def terms(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Terms:
         return run_programs(
             model,
             guide,
@@ -254,7 +284,7 @@ class IWAE(Objective):
     def log_bound(self, log_weights: Tensor) -> Tensor:
         return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
 
-    def terms(self, model: Callable, guide: Callable, *batch: Tensor) -> Terms:
+    def terms(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Terms:
         if self.gradient == "standard" or not torch.is_grad_enabled():
             return super().terms(model, guide, *batch)
         draws = _WeightedDraws()

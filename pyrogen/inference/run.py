@@ -22,13 +22,14 @@ from pyrogen.inference.checkpoints import (
     atomically,
     load_weights,
     read_tensors,
+    seeded,
     unique_tensors,
     write_tensors,
 )
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.programs import Program, as_module, make_example
 
-__all__ = ["FitOptions", "OutputExistsError", "Run", "load", "prepare_folder", "save", "write_yaml"]
+__all__ = ["CriticOptions", "FitOptions", "OutputExistsError", "Run", "load", "prepare_folder", "save", "write_yaml"]
 
 FORMAT = 1
 WEIGHTS, SETTINGS, HISTORY = "weights.safetensors", "run.yaml", "history.csv"
@@ -36,6 +37,34 @@ WEIGHTS, SETTINGS, HISTORY = "weights.safetensors", "run.yaml", "history.csv"
 
 class OutputExistsError(FileExistsError, ValueError):
     """An output folder that holds something and was not to be overwritten."""
+
+
+@dataclass(frozen=True)
+class CriticOptions:
+    """How the critics of an objective are trained beside the program.
+
+    Attributes:
+        learning_rate: Of their Adam; by default the program's.
+        betas: Of their Adam.
+        steps: Steps of the critics for each of the program, all but the last on rows drawn at random; by default what
+            the objective says, 1 or, for a Wasserstein critic, 5.
+        warmup: Steps in which critics alone are trained, before the program moves.
+    """
+
+    learning_rate: float | None = None
+    betas: tuple[float, float] = (0.5, 0.999)
+    steps: int | None = None
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"the critics' learning_rate must be a positive number, got {self.learning_rate!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"critics need at least 1 step for each of the program, got steps={self.steps!r}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup is a number of steps, 0 or more, got {self.warmup!r}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,8 @@ class FitOptions:
     validate_every: int = 1
     patience: int | None = None
     checkpoint_every: int = 1
+    critic: CriticOptions = CriticOptions()
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -77,6 +108,8 @@ class FitOptions:
                 "optimizer is a callable such as torch.optim.AdamW or functools.partial(torch.optim.SGD, "
                 f"momentum=0.9), got {self.optimizer!r}"
             )
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average is the decay of averaged weights, between 0 and 1, got {self.average!r}")
         if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(
                 f"schedule is 'constant', 'linear', 'cosine' or a callable from the share of training done to a "
@@ -117,8 +150,13 @@ class Run:
 
     @property
     def programs(self) -> nn.ModuleDict:
-        """Model and guide in one module, under the names ``model`` and ``guide``."""
-        return nn.ModuleDict({"model": self.model} | ({"guide": self.guide} if self.guide is not None else {}))
+        """Model and guide in one module, under the names ``model`` and ``guide``, and ``critics`` where there are any."""
+        parts: dict[str, nn.Module] = {"model": self.model}
+        if self.guide is not None:
+            parts["guide"] = self.guide
+        if len(self.objective.critics):
+            parts["critics"] = self.objective.critics
+        return nn.ModuleDict(parts)
 
     def __repr__(self) -> str:
         rows = "" if self.history.empty else f", loss={self.history['loss'].iloc[-1]:.3f}"
@@ -284,6 +322,9 @@ def load(
             f"{folder / SETTINGS} does not fit the programs built from it ({error}); restore it from a copy, or pass "
             "model= and guide=, built as they were"
         ) from error
+    if any(name.startswith("critics.") for name in tensors):
+        with seeded(0, torch.device("cpu")):
+            run.objective.prepare(run.model, run.guide, *example)
     precisions = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(precisions) == 1:
         run.programs.to(precisions.pop())

@@ -1,7 +1,7 @@
 """One run of guide and model, and what it says site by site: the log-weights from which every bound is made."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,12 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.divergences import closed_form_kl
 from pyrogen.inference.programs import (
     Copies,
     data_frame,
+    no_sites,
     observed_sites,
     per_row,
     repeat,
@@ -23,7 +25,7 @@ from pyrogen.inference.programs import (
     unregistered,
 )
 
-__all__ = ["Terms", "run_programs"]
+__all__ = ["Terms", "Traces", "compare_sites", "frozen", "has_no_density", "run_programs", "trace_programs", "without_density"]
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,27 @@ class Terms:
         return "the objective itself, with every site finite"
 
 
+@dataclass(frozen=True)
+class Traces:
+    """One run of both programs on K copies of a batch.
+
+    Attributes:
+        guide, model: The traces, of ``K * B`` rows; the model's on the guide's draws.
+        rows: The tensors that the programs were called with, ``K * B`` rows each.
+        features: What the guide's encoder gave for these, ``(K * B, C)``, or None without one.
+        particles: The number K.
+    """
+
+    guide: poutine.Trace
+    model: poutine.Trace
+    rows: tuple[Tensor, ...]
+    features: Tensor | None
+    particles: int
+
+
 def run_programs(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     batch: tuple[Tensor, ...],
     particles: int = 1,
     *,
@@ -105,39 +125,99 @@ def run_programs(
         through: What the guide's draws pass through before model and log q see them.
 
     Raises:
-        ValueError: If the guide's sites are not the model's latent ones, or one has no reparameterised sample.
+        ValueError: If the guide's sites are not the model's latent ones, or one has no reparameterised sample; if a
+            site has no density.
     """
-    rows = repeat(batch, particles)
+    traces = trace_programs(model, guide, batch, particles, frozen_guide=frozen_guide, through=through)
+    return compare_sites(traces, observations=observations, closed_form=closed_form)
+
+
+def trace_programs(
+    model: Callable,
+    guide: Callable | None,
+    batch: tuple[Tensor, ...],
+    particles: int = 1,
+    *,
+    frozen_guide: bool = False,
+    through: Callable[[dict[str, Any]], Tensor] | None = None,
+) -> Traces:
+    """Draw from the guide and run the model on the draws; see :func:`run_programs`."""
+    rows, guide = repeat(batch, particles), guide or no_sites
     with Copies(particles) as copies:
         guide_trace = poutine.trace(guide).get_trace(*rows)
         if frozen_guide:
             with copies.again():
                 guide_trace = _frozen_replay(guide, guide_trace, rows, through)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*rows)
-    drawn, modelled = sample_sites(guide_trace), sample_sites(model_trace)
+    _check_latents(guide_trace, model_trace)
+    features = torch.cat([each.flatten(1) for each in copies.features], -1) if copies.features else None
+    return Traces(guide_trace, model_trace, rows, features, particles)
+
+
+def compare_sites(
+    traces: Traces,
+    *,
+    observations: int | None = None,
+    closed_form: bool = False,
+    estimates: Mapping[str, Tensor] | None = None,
+) -> Terms:
+    """Compare guide and model site by site.
+
+    Args:
+        traces: Of both.
+        observations, closed_form: As for :func:`run_programs`.
+        estimates: Ratios log q − log p in the batch shape of their sites, in place of what densities say. Where they
+            are given, latent sites without a density that are not among them count as nothing, and so do observed ones.
+
+    Raises:
+        ValueError: If a site has no density and no estimates are given.
+    """
+    drawn, modelled = sample_sites(traces.guide), sample_sites(traces.model)
     latents = [name for name, node in modelled.items() if not node["is_observed"]]
-    _check_latents(drawn, latents)
     same_order = closed_form and [name for name in drawn if name in modelled] == latents
-    ratios, global_ratios = {}, {}
+    given = estimates or {}
+    ratios, global_ratios, log_likelihoods = {}, {}, {}
     for name, q in drawn.items():
         if q["is_observed"]:
             continue
-        ratio = _ratio(q, modelled.get(name), same_order)
-        if data_frame(modelled.get(name, q)) is None:
+        p = modelled.get(name)
+        if name not in given and has_no_density(q, p):
+            if estimates is None:
+                raise NoDensityError(without_density(name))
+            continue
+        ratio = per_row(p or q, given[name]) if name in given else _ratio(q, p, same_order)
+        if data_frame(p or q) is None:
             global_ratios[name] = ratio
         else:
-            ratios[name] = ratio.view(particles, -1)
-    log_likelihoods = {}
-    for name, node in observed_sites(model_trace).items():
+            ratios[name] = ratio.view(traces.particles, -1)
+    for name, node in observed_sites(traces.model).items():
+        if is_implicit(node["fn"]):
+            if estimates is None:
+                raise NoDensityError(without_density(name))
+            continue
         log_prob = per_row(node, node["fn"].log_prob(node["value"]))
         if data_frame(node) is None:
             global_ratios[name] = -log_prob
         else:
-            log_likelihoods[name] = log_prob.view(particles, -1)
-    if not log_likelihoods:
+            log_likelihoods[name] = log_prob.view(traces.particles, -1)
+    if not log_likelihoods and estimates is None:
         raise ValueError('the model observes nothing in the plate "data"; give a site in it obs=x')
-    total = observations or _observations(model_trace, modelled, len(batch[0]))
-    return Terms(log_likelihoods, ratios, global_ratios, total, guide_trace, model_trace, same_order)
+    total = observations or _observations(traces.model, modelled, len(traces.rows[0]) // traces.particles)
+    return Terms(log_likelihoods, ratios, global_ratios, total, traces.guide, traces.model, same_order)
+
+
+def has_no_density(*nodes: dict[str, Any] | None) -> bool:
+    """Whether a side of a site is implicit."""
+    return any(node is not None and is_implicit(node["fn"]) for node in nodes)
+
+
+def without_density(name: str) -> str:
+    """What to say of a site without a density where one is needed."""
+    return (
+        f"site '{name}' has no density: its distribution is implicit and can only be sampled. Train with an objective "
+        "that estimates the ratio (AVB, AAE, VGH, VGHPlusPlus, AlphaGAN, WAE; GAN for a model without a guide), or use "
+        "an explicit family such as Normal or Flow"
+    )
 
 
 def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Tensor:
@@ -162,7 +242,9 @@ def _observations(trace: poutine.Trace, sites: dict[str, dict[str, Any]], rows: 
     return rows if frame.full_size is None or (frame.full_size == frame.size and not subsamples) else frame.full_size
 
 
-def _check_latents(drawn: dict[str, dict[str, Any]], latents: list[str]) -> None:
+def _check_latents(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
+    drawn = {name: node for name, node in sample_sites(guide_trace).items() if not node["is_observed"]}
+    latents = [name for name, node in sample_sites(model_trace).items() if not node["is_observed"]]
     needed = {name for name, node in drawn.items() if not node["infer"].get("is_auxiliary")}
     if needed != set(latents):
         raise ValueError(
@@ -199,7 +281,7 @@ def _frozen_replay(
         for name, node in sample_sites(trace).items():
             fixed |= {name: node} if data_frame(node) is None else {}
             held.add_node(name, **node | {"value": node["value"].detach() if name in fixed else through(node)})
-    with _frozen(parameters):
+    with frozen(parameters):
         scored = poutine.trace(poutine.replay(unregistered(guide), trace=held)).get_trace(*rows)
     for name, node in fixed.items():
         scored.nodes[name] = node
@@ -207,7 +289,7 @@ def _frozen_replay(
 
 
 @contextmanager
-def _frozen(parameters: list[Tensor]) -> Iterator[None]:
+def frozen(parameters: list[Tensor]) -> Iterator[None]:
     """Leaves that are constants in whatever graph is built meanwhile; graphs already built keep their gradients."""
     trained = [p for p in {id(p): p for p in parameters}.values() if p.is_leaf and p.requires_grad]
     for parameter in trained:

@@ -22,7 +22,7 @@ from pyrogen.inference.checks import check_programs, check_values, first_paramet
 from pyrogen.inference.loop import CHECKPOINT, Training
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.programs import as_module, describe_example
-from pyrogen.inference.run import FitOptions, Run, clear_folder, prepare_folder
+from pyrogen.inference.run import CriticOptions, FitOptions, Run, clear_folder, prepare_folder
 
 __all__ = ["fit"]
 
@@ -51,6 +51,8 @@ def fit(
     checkpoint_every: int = 1,
     resume: bool = False,
     overwrite: bool = False,
+    critic: CriticOptions = CriticOptions(),
+    average: float | None = None,
 ) -> Run:
     """Train a model with its guide.
 
@@ -82,6 +84,10 @@ def fit(
             or ``steps`` go on with a finished run. A schedule then runs over the new length, from the share of it that
             is done; a learning rate that had fallen rises again.
         overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
+        critic: How the critics are trained, for an objective that has some; see
+            :class:`~pyrogen.inference.CriticOptions`.
+        average: Decay of an exponential moving average of the programs' weights, such as 0.999, by which they are
+            validated and with which they end; None for the weights themselves.
 
     Returns:
         The run: ``.model``, ``.guide``, ``.objective``, ``.history``, ...
@@ -115,6 +121,8 @@ def fit(
         validate_every=validate_every,
         patience=patience,
         checkpoint_every=checkpoint_every,
+        critic=critic,
+        average=average,
     )
     if not isinstance(objective, Objective):
         raise TypeError(
@@ -124,6 +132,11 @@ def fit(
     batches, validation = training_and_validation(data, batch_size, seed)
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data; pass what pyrogen.data.load returns, or leave patience out")
+    if patience is not None and objective.validates_as != "validation":
+        raise ValueError(
+            f"patience follows a bound on validation data, and {type(objective).__name__} has none, at most an "
+            "estimate; leave patience out"
+        )
     if resume and out is None:
         raise ValueError("resume needs out=, the folder of the run that shall go on")
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
@@ -132,7 +145,8 @@ def fit(
     for part in (batches, validation):
         if part is not None:
             check_values(model, part)
-    check_programs(model, guide, *example)
+    objective.check_guide(guide)
+    check_programs(model, guide, *example, guided=objective.uses_guide)
     with seeded(seed, fabric.device):
         run = Run(
             model=as_module(model, *example),
@@ -144,6 +158,8 @@ def fit(
             example=describe_example(tuple(x[:2] for x in example)),
         )
         run.objective.step = 0
+        run.objective.critics = copy.deepcopy(objective.critics)
+        run.objective.prepare(run.model, run.guide, *example)
         if objective.observations is None:
             run.objective.observations = len(batches)
         training = Training(run, batches, validation, fabric, folder, tuple(callbacks))

@@ -1,6 +1,7 @@
 """Encoders and decoders: plain modules that know nothing of probability."""
 
 from pyrogen.networks.convolutional import ConvDecoder, ConvEncoder, RoscaEncoder
+from pyrogen.networks.critics import Critic
 from pyrogen.networks.mlp import MLP
 from pyrogen.networks.residual import ResidualBlock, ResNetDecoder, ResNetEncoder
 
@@ -8,6 +9,7 @@ __all__ = [
     "MLP",
     "ConvDecoder",
     "ConvEncoder",
+    "Critic",
     "ResNetDecoder",
     "ResNetEncoder",
     "ResidualBlock",

@@ -1,0 +1,275 @@
+"""What critics contrast: sites of a guide with those of a model, in latent and in visible space.
+
+Each contrast is a module that holds its critics. What it gives a program to minimise is differentiated with the
+critics' weights held (:func:`~pyrogen.inference.terms.frozen`), and what the critics minimise sees draws without
+gradients, so that the two never mix.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pyro.distributions.transforms import biject_to
+from torch import Tensor, nn
+
+from pyrogen.distributions.implicit import is_implicit
+from pyrogen.inference.adaptive import AdaptiveContrast, Covariance
+from pyrogen.inference.draws import Draws, elements, from_elements
+from pyrogen.inference.programs import is_real
+from pyrogen.inference.ratios import Ratio
+
+__all__ = ["Contrast", "CriticBuilder", "LatentContrast", "RatioBuilder", "SiteContrast", "VisibleContrast"]
+
+RatioBuilder = Callable[[nn.Module], Ratio]
+"""What makes a ratio of a critic, such as :class:`~pyrogen.inference.Logistic`."""
+
+CriticBuilder = Callable[[int | tuple[int, ...], int], nn.Module]
+"""What makes a critic of an event shape and the width of a context, such as :class:`~pyrogen.networks.Critic`."""
+
+
+class Contrast(nn.Module):
+    """Base: what every contrast offers an objective."""
+
+    def loss(self, draws: Draws) -> Tensor:
+        """What its critics minimise, ``()``."""
+        raise NotImplementedError
+
+    def accuracy(self, draws: Draws) -> Tensor:
+        """The share of draws that its critic assigns to the right side; 0.5 is chance."""
+        raise NotImplementedError
+
+
+class SiteContrast(Contrast):
+    r"""log q/p at one per-observation latent site of which a side is implicit, given all that it is drawn given.
+
+    With contrast ``"adaptive"`` each side without a density gets an :class:`AdaptiveContrast` of its own, and an
+    explicit side its density. With ``"none"`` one critic contrasts the guide's draws with the model's.
+
+    The gradient of −E log p(z) with respect to the parameters of p is exact for an explicit p. An implicit p learns
+    along its own draws :math:`z' = g_\theta(\epsilon)`,
+
+    .. math:: -\nabla_\theta \operatorname{E}_q \log p_\theta(z)
+              = -\operatorname{E}_{p_\theta} \frac{q(z')}{p_\theta(z')} \nabla_{z'} \log \frac{q(z')}{p_\theta(z')}
+                \cdot \nabla_\theta z',
+
+    with the ratio from a critic and its weights normalised over the draws.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        draws: Draws,
+        ratio: RatioBuilder,
+        critic: CriticBuilder,
+        contrast: Literal["adaptive", "none"],
+        covariance: Covariance,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.adaptive = contrast == "adaptive"
+        z, context = self._values(draws, draws.model[name]["value"]), self._context(draws, draws.context(name))
+        parents = self._context(draws, draws.parents(name))
+        shape, self.event_dim = tuple(z.shape[3:]), z.dim() - 3
+
+        def build(given: Tensor | None) -> Ratio:
+            return ratio(critic(shape, 0 if given is None else given.shape[-1]))
+
+        self.of_guide = self.of_model = self.of_both = self.of_prior = None
+        guide, model = draws.guide[name]["fn"], draws.model[name]["fn"]
+        if not self.adaptive:
+            _check_order(draws, name)
+            self.of_both = build(context)
+        else:
+            if is_implicit(guide):
+                self.of_guide = AdaptiveContrast(build(context), covariance)
+            if is_implicit(model):
+                self.of_model = AdaptiveContrast(build(parents), covariance, pooled=3)
+        if is_implicit(model):
+            self.of_prior = build(parents)
+
+    def estimate(self, draws: Draws) -> Tensor:
+        """log q − log p in nats, in the batch shape of the site; its gradient is that along the guide's draws."""
+        q, p = draws.guide[self.name], draws.model[self.name]
+        z, context = self._values(draws, p["value"]), self._context(draws, draws.context(self.name))
+        if self.of_both is not None:
+            return from_elements(p, self.of_both.log_ratio(z, context))
+        log_q = log_p = None
+        if self.of_guide is not None:
+            log_q = self._on_site(draws, p, self.of_guide.log_density(z, context, self.event_dim))
+        if self.of_model is not None:
+            parents = self._context(draws, draws.parents(self.name))
+            log_p = self._on_site(draws, p, self.of_model.log_density(z, parents, self.event_dim))
+        log_q = q["fn"].log_prob(q["value"]) if log_q is None else log_q
+        return log_q - (p["fn"].log_prob(p["value"]) if log_p is None else log_p)
+
+    def prior_term(self, draws: Draws) -> Tensor | float:
+        """What teaches the model's side, where :meth:`estimate` does not: its gradient is that of −E log p(z)."""
+        if self.of_prior is None and self.of_both is None:
+            return 0.0
+        node = draws.detached[self.name]
+        if self.of_prior is None:
+            return -surplus(node["fn"].log_prob(node["value"]))
+        if not (draw := node["fn"].rsample()).requires_grad:
+            return 0.0
+        parents = self._context(draws, draws.parents(self.name))
+        given = None if parents is None else parents.detach()
+        return self_normalised(self.of_prior.log_ratio(self._values(draws, draw), given))
+
+    def loss(self, draws: Draws) -> Tensor:
+        p = draws.model[self.name]
+        z = self._values(draws, p["value"]).detach()
+        context, parents = self._given(draws)
+        other = self._values(draws, draws.detached[self.name]["fn"].sample()) if self._needs_prior_draws() else z
+        losses = []
+        if self.of_both is not None:
+            losses.append(self.of_both.loss(z, other, context))
+        if self.of_guide is not None:
+            losses.append(self.of_guide.loss(z, context, self.event_dim))
+        if self.of_model is not None:
+            losses.append(self.of_model.loss(other, parents, self.event_dim))
+        if self.of_prior is not None:
+            losses.append(self.of_prior.loss(z, other, parents))
+        return torch.stack(losses).sum()
+
+    def accuracy(self, draws: Draws) -> Tensor:
+        z = self._values(draws, draws.model[self.name]["value"]).detach()
+        context, parents = self._given(draws)
+        if self.of_guide is not None:
+            return self.of_guide.accuracy(z, context, self.event_dim)
+        other = self._values(draws, draws.detached[self.name]["fn"].sample())
+        if self.of_both is not None:
+            return self.of_both.accuracy(z, other, context)
+        assert self.of_prior is not None
+        return self.of_prior.accuracy(z, other, parents)
+
+    def _needs_prior_draws(self) -> bool:
+        return any(part is not None for part in (self.of_both, self.of_model, self.of_prior))
+
+    def _given(self, draws: Draws) -> tuple[Tensor | None, Tensor | None]:
+        context, parents = draws.context(self.name), draws.parents(self.name)
+        parents = None if parents is None else parents.detach()
+        return self._context(draws, context.detach()), self._context(draws, parents)
+
+    def _values(self, draws: Draws, value: Tensor) -> Tensor:
+        """A site's unconstrained values, ``(K, B, P, *event)``."""
+        site, node = draws.sites[self.name], draws.model[self.name]
+        if not is_real(site.support):
+            value = biject_to(site.support).inv(value)
+        z = elements(node, value, draws.particles)
+        return z if z.dim() > 3 else z.unsqueeze(-1)
+
+    def _on_site(self, draws: Draws, node: dict[str, Any], log_density: Tensor) -> Tensor:
+        """A log-density of unconstrained values as one of the values themselves, in the site's batch shape."""
+        log_density = from_elements(node, log_density)
+        if is_real(draws.sites[self.name].support):
+            return log_density
+        transform = biject_to(draws.sites[self.name].support)
+        return log_density - transform.log_abs_det_jacobian(transform.inv(node["value"]), node["value"])
+
+    def _context(self, draws: Draws, context: Tensor | None) -> Tensor | None:
+        """A context for each element of the site, ``(K, B, P, C)``, with the place in nested plates."""
+        places = elements(draws.model[self.name], draws.model[self.name]["value"], draws.particles).shape[2]
+        if context is None and places == 1:
+            return None
+        rows = draws.particles, len(draws.batch[0])
+        parts = []
+        if context is not None:
+            parts.append(context.reshape(*rows, 1, -1).expand(*rows, places, -1))
+        if places > 1:
+            like = draws.rows[0] if context is None else context
+            parts.append(torch.eye(places, dtype=like.dtype, device=like.device).expand(*rows, places, places))
+        return torch.cat(parts, -1)
+
+
+class LatentContrast(Contrast):
+    r"""log q(z)/p(z) of all per-observation latent sites together, their observations forgotten.
+
+    .. math:: q(z) = \operatorname{E}_{p^*(x)} q(z \mid x)
+
+    Sites need no density on either side. Makhzani et al. 2015, *Adversarial autoencoders*, 1511.05644.
+    """
+
+    def __init__(self, draws: Draws, ratio: RatioBuilder, critic: CriticBuilder) -> None:
+        super().__init__()
+        self.ratio = ratio(critic(draws.latents(draws.model, draws.local).shape[-1], 0))
+
+    def estimate(self, draws: Draws) -> Tensor:
+        """log q(z) − log p(z) at the guide's draws in nats, ``(K, B)``."""
+        return self.ratio.log_ratio(draws.latents(draws.model, draws.local)).view(draws.particles, -1)
+
+    def prior_term(self, draws: Draws) -> Tensor | float:
+        """What teaches the model's sites; see :class:`SiteContrast`."""
+        if any(is_implicit(draws.model[name]["fn"]) for name in draws.local):
+            z = draws.latents(draws.prior, draws.local)
+            return self_normalised(self.ratio.log_ratio(z)) if z.requires_grad else 0.0
+        if len(draws.local) == 1 and not draws.model[draws.local[0]]["fn"].log_prob(
+            draws.model[draws.local[0]]["value"].detach()
+        ).requires_grad:
+            return 0.0
+        nodes = [draws.detached[name] for name in draws.local]
+        return -sum(surplus(node["fn"].log_prob(node["value"])) for node in nodes)
+
+    def loss(self, draws: Draws) -> Tensor:
+        z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior))
+        return self.ratio.loss(z, prior)
+
+    def accuracy(self, draws: Draws) -> Tensor:
+        z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior))
+        return self.ratio.accuracy(z, prior)
+
+
+class VisibleContrast(Contrast):
+    """Data against what the model shows: reconstructions, samples of the prior, or both.
+
+    Of a discrete observed site the critic sees the distribution's mean, of any other one a draw with gradients.
+    """
+
+    def __init__(
+        self, draws: Draws, ratio: RatioBuilder, critic: CriticBuilder, *, reconstructions: bool, samples: bool
+    ) -> None:
+        super().__init__()
+        self.reconstructions = reconstructions
+        self.samples = samples
+        self.ratio = ratio(critic(tuple(draws.data().shape[1:]), 0))
+
+    def loss(self, draws: Draws) -> Tensor:
+        data, fakes = draws.data().detach(), self._fakes(draws)
+        return torch.stack([self.ratio.loss(data, fake) for fake in fakes]).mean()
+
+    def accuracy(self, draws: Draws) -> Tensor:
+        data, fakes = draws.data().detach(), self._fakes(draws)
+        return torch.stack([self.ratio.accuracy(data, fake) for fake in fakes]).mean()
+
+    def _fakes(self, draws: Draws) -> list[Tensor]:
+        fakes = []
+        if self.reconstructions:
+            fakes.append(draws.reconstructions.detach()[: len(draws.batch[0])])
+        if self.samples:
+            fakes.append(draws.samples.detach()[: len(draws.batch[0])])
+        return fakes
+
+
+def surplus(log_prob: Tensor) -> Tensor:
+    """Nothing, with the gradient of the mean log-density."""
+    mean = log_prob.mean()
+    return mean - mean.detach()
+
+
+def self_normalised(log_ratio: Tensor) -> Tensor:
+    """Nothing, with the gradient of −Σ w log q/p at a model's own draws, w ∝ q/p."""
+    flat = log_ratio.flatten()
+    value = -(torch.softmax(flat.detach(), 0) * flat).sum()
+    return value - value.detach()
+
+
+def _check_order(draws: Draws, name: str) -> None:
+    """See that all on which the model's site depends stands before it in the guide too."""
+    earlier_in_guide = [*draws.guide]
+    earlier_in_guide = earlier_in_guide[: earlier_in_guide.index(name)]
+    names = [*draws.sites]
+    late = [other for other in names[: names.index(name)] if other not in earlier_in_guide]
+    if late:
+        raise ValueError(
+            f"contrast='none' compares site '{name}' with the model's given the same sites before it, but the guide "
+            f"draws {late} after it; use contrast='adaptive', or draw the sites in the model's order"
+        )

@@ -1,0 +1,171 @@
+"""What one step has drawn, as objectives and their critics look at it."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrogen.distributions.implicit import is_implicit
+from pyrogen.inference.guides import flattened
+from pyrogen.inference.programs import Site, data_frame, latent_sites, observed_sites, repeat, sample_sites
+from pyrogen.inference.terms import Traces, trace_programs
+
+__all__ = ["Draws", "elements", "from_elements"]
+
+
+class Draws:
+    """One run of the programs on K copies of a batch, and what else of it a critic may need, run when asked for.
+
+    Args:
+        model: The model's program.
+        guide: The guide's, or None where an objective uses none.
+        batch: Tensors of B rows.
+        particles: The number K.
+    """
+
+    def __init__(self, model: Callable, guide: Callable | None, batch: tuple[Tensor, ...], particles: int = 1) -> None:
+        self.program = model
+        self.batch = batch
+        self.particles = particles
+        self.rows = repeat(batch, particles)
+        self.with_guide = guide is not None
+        self.gradients = torch.is_grad_enabled()  # what is run later has gradients where this has
+        if guide is not None:
+            self.traces: Traces = trace_programs(model, guide, batch, particles)
+
+    @property
+    def guide(self) -> dict[str, dict[str, Any]]:
+        """The guide's sites."""
+        return sample_sites(self.traces.guide)
+
+    @property
+    def model(self) -> dict[str, dict[str, Any]]:
+        """The model's sites on the guide's draws."""
+        return sample_sites(self.traces.model)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The model's latent sites, in its order."""
+        return latent_sites(self.traces.model if self.with_guide else self.prior_trace)
+
+    @property
+    def local(self) -> list[str]:
+        """The names of the per-observation latent sites."""
+        return [name for name, site in self.sites.items() if not site.is_global]
+
+    @cached_property
+    def detached(self) -> dict[str, dict[str, Any]]:
+        """The model's sites, run on the guide's draws without their gradients."""
+        held = poutine.Trace()
+        for name, node in self.guide.items():
+            held.add_node(name, **node | {"value": node["value"].detach()})
+        with torch.set_grad_enabled(self.gradients):
+            return sample_sites(poutine.trace(poutine.replay(self.program, trace=held)).get_trace(*self.rows))
+
+    @cached_property
+    def prior_trace(self) -> poutine.Trace:
+        """The model run on its own with nothing observed, at the guide's global sites."""
+        known = poutine.Trace()
+        for name, node in self.guide.items() if self.with_guide else ():
+            if data_frame(node) is None:
+                known.add_node(name, **node | {"value": node["value"].detach()})
+        program = poutine.uncondition(poutine.replay(self.program, trace=known))
+        with torch.set_grad_enabled(self.gradients):
+            return poutine.trace(program).get_trace(*self.rows)
+
+    @property
+    def prior(self) -> dict[str, dict[str, Any]]:
+        """The model's sites, run on its own."""
+        return sample_sites(self.prior_trace)
+
+    def latents(self, nodes: dict[str, dict[str, Any]], names: list[str]) -> Tensor:
+        """The unconstrained values of latent sites for each row, ``(K * B, n)``."""
+        rows = len(self.rows[0])
+        return torch.cat([flattened(self.sites[name], nodes[name]["value"], rows) for name in names], -1)
+
+    def context(self, name: str) -> Tensor:
+        """What the guide's site is drawn given, ``(K * B, C)``: the observation and the latent sites drawn before.
+
+        The observation stands as the encoder's features, on which alone the guide depends, as constants.
+        """
+        if self.traces.features is not None:
+            seen = self.traces.features.detach()
+        else:
+            seen = torch.cat([x.flatten(1).to(self.rows[0].dtype) for x in self.rows], -1)
+        earlier = [other for other in _before(self.guide, name) if other in self.sites]
+        return torch.cat([seen, self.latents(self.model, earlier)], -1) if earlier else seen
+
+    def parents(self, name: str) -> Tensor | None:
+        """The latent sites that the model draws before a site, ``(K * B, C)``; None if there are none."""
+        earlier = _before(self.sites, name)
+        return self.latents(self.model, earlier) if earlier else None
+
+    def visible_names(self) -> list[str]:
+        """The names of the observed sites in the plate ``"data"``."""
+        trace = self.traces.model if self.with_guide else self.prior_trace
+        return [name for name, node in observed_sites(trace).items() if data_frame(node) is not None]
+
+    def data(self) -> Tensor:
+        """What is observed, once for each of B rows."""
+        if self.with_guide:
+            values = {name: self.model[name]["value"] for name in self.visible_names()}
+        else:
+            values = {name: self.prior[name]["infer"]["obs"] for name in self.visible_names()}
+        return self._visible(values)[: len(self.batch[0])]
+
+    def visible(self, nodes: dict[str, dict[str, Any]]) -> Tensor:
+        """What a run of the model shows at its observed sites, ``(K * B, *event_shape)``, with gradients."""
+        with torch.set_grad_enabled(self.gradients):
+            return self._visible({name: _shown(nodes[name]) for name in self.visible_names()})
+
+    @cached_property
+    def reconstructions(self) -> Tensor:
+        """What the model shows at the guide's draws."""
+        return self.visible(self.model)
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """What the model shows on its own."""
+        return self.visible(self.prior)
+
+    def _visible(self, values: dict[str, Tensor]) -> Tensor:
+        rows = len(self.rows[0])
+        if len(values) > 1:
+            return torch.cat([value.reshape(rows, -1) for value in values.values()], -1)
+        (value,) = values.values()
+        return value.reshape(rows, 1) if value.dim() == 1 else value
+
+
+def _before(sites: Any, name: str) -> list[str]:
+    names = [*sites]
+    return names[: names.index(name)]
+
+
+def _shown(node: dict[str, Any]) -> Tensor:
+    """A draw with gradients from the distribution of an observed site; of a discrete one its mean."""
+    fn = node["fn"]
+    if not (is_implicit(fn) or fn.has_rsample):
+        return fn.mean
+    return fn.rsample() if node["is_observed"] else node["value"]
+
+
+def elements(node: dict[str, Any], value: Tensor, particles: int) -> Tensor:
+    """A latent site's values with particles, rows and elements of nested plates in front: ``(K, B, P, *event)``."""
+    frame = data_frame(node)
+    event = value.dim() - len(node["fn"].batch_shape)
+    assert frame is not None and frame.dim is not None
+    front = value.movedim(frame.dim - event, 0)
+    rows, shape = len(front), front.shape[front.dim() - event :]
+    return front.reshape(particles, rows // particles, -1, *shape)
+
+
+def from_elements(node: dict[str, Any], values: Tensor) -> Tensor:
+    """Numbers of shape ``(K, B, P)`` in the batch shape of their site."""
+    frame = data_frame(node)
+    assert frame is not None and frame.dim is not None
+    shape = list(node["fn"].batch_shape)
+    rows = shape.pop(frame.dim)
+    return values.reshape(rows, *shape).movedim(0, frame.dim)

@@ -1,0 +1,453 @@
+r"""Objectives that match the aggregate posterior q(z) = E q(z | x) to the prior, and need no critic for it.
+
+Each is a weighted sum of figures in nats per observation, from one run of both programs on a batch, to which global
+sites add their explicit divergence as in :mod:`~pyrogen.inference.objectives`. All figures go to the log of a
+training. What compares whole distributions is estimated from one batch, so it depends on the batch's size: these
+objectives want batches of a hundred rows and more.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrogen.distributions.implicit import NoDensityError
+from pyrogen.inference.divergences import is_point_mass
+from pyrogen.inference.draws import elements
+from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
+from pyrogen.inference.objectives import Estimate, Objective
+from pyrogen.inference.programs import data_frame, evaluation_mode, observed_sites, per_row, sample_sites
+from pyrogen.inference.terms import Terms, Traces, compare_sites, has_no_density, trace_programs, without_density
+
+__all__ = ["WAE", "BetaTCVAE", "InfoVAE"]
+
+Parts = dict[str, tuple[float, Tensor]]
+"""The figures of which a loss is made, by name: the weight and the mean over the batch."""
+
+
+class _Matching(Objective):
+    """An objective that is a weighted sum; a sibling says of what. Its bound is the plain ELBO."""
+
+    def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
+        super().prepare(model, guide, *batch)
+        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model):
+            self.estimate(model, guide, *batch)
+
+    def log_bound(self, log_weights: Tensor) -> Tensor:
+        return log_weights.mean(0)
+
+    def terms(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Terms:
+        return self.compared(trace_programs(model, guide, batch, self.particles))
+
+    def compared(self, traces: Traces) -> Terms:
+        """What both programs say of each site."""
+        return compare_sites(traces, observations=self.observations, closed_form=True)
+
+    def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
+        """The figures and their weights."""
+        raise NotImplementedError(f"{type(self).__name__} must say of what its loss is made")
+
+    def estimate(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Estimate:
+        traces = trace_programs(model, guide, batch, self.particles)
+        terms = self.compared(traces)
+        parts = self.parts(model, traces, terms)
+        # What has no weight is left out: a point mass may have an infinite rate, and 0 · ∞ is not 0.
+        weighted = [weight * value for weight, value in parts.values() if weight]
+        loss = torch.as_tensor(terms.global_rate, dtype=weighted[0].dtype, device=weighted[0].device)
+        for value in weighted:
+            loss = loss + value
+        if torch.is_grad_enabled():
+            self.step += 1
+        metrics = {name: value.detach() for name, (_, value) in parts.items()}
+        if terms.global_ratios:
+            metrics["global_rate"] = terms.global_rate.detach()  # type: ignore[union-attr]
+        return Estimate(loss, metrics, terms)
+
+
+class WAE(_Matching):
+    r"""The Wasserstein auto-encoder, with the maximum mean discrepancy in latent space.
+
+    .. math:: \mathcal{L} = \mathbb{E}_{q(z|x)} \, c(x, G(z))
+              + \lambda \widehat{\operatorname{MMD}}^2(q(z), p(z))
+
+    Tolstikhin et al. 2018, *Wasserstein auto-encoders*, 1711.01558 (WAE-MMD). The two samples are one draw of z for
+    each observation and as many draws from the model's prior, all per-observation latent sites side by side, as the
+    program has their values: a site on (0, ∞) is compared there. No latent site is asked for a density, so guide and
+    prior may be implicit or point masses. A prior without reparameterised samples, such as
+    :class:`~pyrogen.distributions.Vamp`, gets no gradient from the discrepancy.
+
+    It is no bound on the log-likelihood, so there is no validation curve. A batch of one row has no unbiased
+    discrepancy, and only its cost counts.
+
+    Args:
+        weight: λ. The authors' experiments have 10 on MNIST and 100 on CelebA, with squared errors that their code
+            multiplies by 0.05.
+        cost: c. By default −log p(x | z) in nats, for any model; ``"squared error"`` or ``"absolute error"`` between x
+            and the mean of the likelihood, summed over the values of x, in units of the data.
+        kernel: Such as :class:`~pyrogen.inference.InverseMultiquadraticKernel`, the default.
+        particles: Number K of draws for each observation; cost and discrepancy are averaged over them.
+        observations: See :class:`Objective`.
+
+    Raises:
+        ValueError: For a negative weight or an unknown cost; at the first step if the model has no per-observation
+            latent site, or one that is masked.
+
+    Example:
+        >>> from pyrogen.inference import GaussianKernel
+        >>> WAE(100.0, cost="squared error", kernel=GaussianKernel()).kernel
+        GaussianKernel(bandwidth=None)
+    """
+
+    validates_as: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        weight: float = 10.0,
+        *,
+        cost: Literal["squared error", "absolute error"] | None = None,
+        kernel: Kernel | None = None,
+        particles: int = 1,
+        observations: int | None = None,
+    ) -> None:
+        super().__init__(particles, observations=observations)
+        _check_weights(weight=weight)
+        if cost not in (None, "squared error", "absolute error"):
+            raise ValueError(f"cost is None, 'squared error' or 'absolute error', got {cost!r}")
+        self.weight = weight
+        self.cost = cost
+        self.kernel = InverseMultiquadraticKernel() if kernel is None else kernel
+
+    def bound(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
+        """Not defined.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "WAE bounds no log-likelihood; evaluate with pyrogen.evaluation.log_likelihood and an explicit guide, or "
+            "with annealed importance sampling"
+        )
+
+    def compared(self, traces: Traces) -> Terms:
+        drawn, modelled = sample_sites(traces.guide), sample_sites(traces.model)
+        # Per-observation sites are given, as nothing, so that their densities are not asked for.
+        nothing = {
+            name: node["value"].new_zeros(node["fn"].batch_shape)
+            for name, node in drawn.items()
+            if not node["is_observed"] and data_frame(modelled.get(name, node)) is not None
+        }
+        return compare_sites(traces, observations=self.observations, closed_form=True, estimates=nothing)
+
+    def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
+        for name, node in observed_sites(traces.model).items():
+            if self.cost is None and has_no_density(node):
+                raise NoDensityError(without_density(name))
+        parts: Parts = {}
+        if self.cost is not None:
+            parts[self.cost.replace(" ", "_")] = 1.0, _error(traces, self.cost).mean()
+        if terms.log_likelihoods:
+            parts["distortion"] = float(self.cost is None), -terms.log_likelihood.mean()
+        return parts | {"mmd": (self.weight, _discrepancy(model, traces, self.kernel))}
+
+
+class InfoVAE(_Matching):
+    r"""The information maximising variational auto-encoder, with the maximum mean discrepancy.
+
+    .. math:: \mathcal{L} = -\mathbb{E}_{q(z|x)} \log p(x \mid z) + (1 - \alpha) \operatorname{KL}(q(z \mid x) \| p(z))
+              + (\alpha + \lambda - 1) \widehat{\operatorname{MMD}}^2(q(z), p(z))
+
+    Zhao, Song & Ermon 2019, *InfoVAE*, 1706.02262. α = 0, λ = 1 is the :class:`ELBO`; α = 0 and another λ adds a
+    discrepancy to it; **α = 1 is the MMD-VAE**, without a divergence for each observation and so the same loss as
+    :class:`WAE` with weight λ, which serves implicit guides too. The discrepancy is taken as in :class:`WAE`.
+    Validation reports the plain ELBO.
+
+    Args:
+        alpha: α, how much of the mutual information of x and z is paid back; usually in [0, 1].
+        weight: λ, at least 1 − α. The default is ours.
+        kernel: Such as :class:`~pyrogen.inference.InverseMultiquadraticKernel`, the default.
+        particles: Number K of draws for each observation.
+        observations: See :class:`Objective`.
+
+    Raises:
+        ValueError: For a weight of the discrepancy α + λ − 1 that is negative; at the first step if the model has no
+            per-observation latent site, or one that is masked.
+
+    Example:
+        >>> mmd_vae = InfoVAE(alpha=1.0, weight=10.0)
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.0,
+        weight: float = 10.0,
+        *,
+        kernel: Kernel | None = None,
+        particles: int = 1,
+        observations: int | None = None,
+    ) -> None:
+        super().__init__(particles, observations=observations)
+        if alpha + weight - 1 < 0:
+            raise ValueError(
+                f"the discrepancy's weight alpha + weight - 1 cannot be negative, got {alpha + weight - 1:g}; "
+                f"with alpha={alpha} choose a weight of at least {1 - alpha:g}"
+            )
+        self.alpha = alpha
+        self.weight = weight
+        self.kernel = InverseMultiquadraticKernel() if kernel is None else kernel
+
+    def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
+        return {
+            "distortion": (1.0, -terms.log_likelihood.mean()),
+            "rate": (1.0 - self.alpha, terms.ratio.mean()),
+            "mmd": (self.alpha + self.weight - 1.0, _discrepancy(model, traces, self.kernel)),
+        }
+
+
+class BetaTCVAE(_Matching):
+    r"""The ELBO with its rate taken apart, and the total correlation of the aggregate posterior weighted by β.
+
+    .. math:: \mathcal{L} = -\mathbb{E}_{q(z|x)} \log p(x \mid z) + \alpha I_q(x; z)
+              + \beta \operatorname{KL}\Big(q(z) \Big\| \prod_j q(z_j)\Big)
+              + \gamma \sum_j \operatorname{KL}(q(z_j) \| p(z_j))
+
+    Chen et al. 2018, *Isolating sources of disentanglement in VAEs*, 1802.04942. With B rows of a data set of N, the
+    aggregate posterior is estimated by minibatch-weighted sampling,
+
+    .. math:: \log q(z) \approx \log \frac{1}{N B} \sum_{j=1}^{B} q(z \mid x_j),
+
+    and each log q(z_j) alike, or stratified, see ``weighting``. The former are low by between log B, where every
+    observation has a region of its own, and log N, where all share one: mutual information and total correlation come
+    out that much and D − 1 times that much too high, the last term D times too low. To read the figures and not only
+    train on them, choose ``"stratified"``. Whatever the weighting the three add up to the rate; they are estimates, and
+    any may be negative. Validation reports the plain ELBO.
+
+    It needs one per-observation latent site whose values are independent under the prior, and under the guide given x:
+    :class:`~pyrogen.distributions.Normal` is, a flow or a full covariance is not.
+
+    Args:
+        beta: β; the authors' experiments have 6 on dSprites.
+        alpha: α, weight of the mutual information.
+        gamma: γ, weight of the divergences of single dimensions.
+        weighting: ``"minibatch"``, or ``"stratified"``: an observation's own posterior gets the weight 1/N and the
+            others share what is left, which makes :math:`\hat q(z)` unbiased, and exact when the batch is the whole
+            data set (the authors' stratified sampling, with the remainder spread evenly).
+        particles: Number K of draws for each observation; memory grows with (K B)².
+        observations: N, as in :class:`Objective`; ``fit`` sets it. Where it is not known the batch counts as all there
+            is. With ``"minibatch"`` that shifts the loss by a constant and leaves gradients as they are.
+
+    Raises:
+        ValueError: For a negative weight or an unknown weighting; at the first step if the sites are not as above.
+
+    Example:
+        >>> BetaTCVAE(beta=4.0).weighting
+        'minibatch'
+    """
+
+    def __init__(
+        self,
+        beta: float = 6.0,
+        *,
+        alpha: float = 1.0,
+        gamma: float = 1.0,
+        weighting: Literal["minibatch", "stratified"] = "minibatch",
+        particles: int = 1,
+        observations: int | None = None,
+    ) -> None:
+        super().__init__(particles, observations=observations)
+        _check_weights(beta=beta, alpha=alpha, gamma=gamma)
+        if weighting not in ("minibatch", "stratified"):
+            raise ValueError(f"weighting is 'minibatch' or 'stratified', got {weighting!r}")
+        self.beta = beta
+        self.alpha = alpha
+        self.gamma = gamma
+        self.weighting = weighting
+
+    def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
+        name = _only_site(traces)
+        q, p = sample_sites(traces.guide)[name], sample_sites(traces.model)[name]
+        _check_independent(name, q, "guide")
+        _check_independent(name, p, "model")
+        log_q = _under_each_other(q)  # (K B, K B, D)
+        own = log_q.diagonal(dim1=0, dim2=1).sum(0)
+        weights = self._log_weights(traces, terms.observations, log_q)
+        joint = torch.logsumexp(weights + log_q.sum(-1), 1)
+        marginals = torch.logsumexp(weights.unsqueeze(-1) + log_q, 1).sum(-1)
+        log_prior = per_row(p, p["fn"].log_prob(p["value"]))
+        return {
+            "distortion": (1.0, -terms.log_likelihood.mean()),
+            "rate": (0.0, terms.ratio.mean()),
+            "mutual_information": (self.alpha, (own - joint).mean()),
+            "total_correlation": (self.beta, (joint - marginals).mean()),
+            "dimension_wise_kl": (self.gamma, (marginals - log_prior).mean()),
+        }
+
+    def _log_weights(self, traces: Traces, total: int, like: Tensor) -> Tensor:
+        """Logarithms of the weights of q(· | x_j) in the mixture at the draws z_i, ``(K B, K B)``."""
+        copies, rows = traces.particles, len(traces.rows[0]) // traces.particles
+        weights = like.new_full((rows, rows), 1 / (total * rows))
+        if self.weighting == "stratified":
+            weights.fill_((total - 1) / (total * max(rows - 1, 1))).fill_diagonal_(1 / total)
+        return (weights / copies).log().repeat(copies, copies)
+
+
+def _check_weights(**weights: float) -> None:
+    for name, value in weights.items():
+        if value < 0:
+            raise ValueError(f"{name} cannot be negative, got {value}")
+
+
+def _error(traces: Traces, cost: str) -> Tensor:
+    """The errors of the likelihoods' means at all observed sites, ``(K, B)``."""
+    errors = []
+    for name, node in observed_sites(traces.model).items():
+        if data_frame(node) is None:
+            continue  # it counts among the global sites, by its density
+        try:
+            difference = node["value"] - node["fn"].mean
+        except (NotImplementedError, AttributeError) as error:
+            raise ValueError(
+                f"cost={cost!r} compares x with the mean of the likelihood, but the {type(node['fn']).__name__} at the "
+                f"observed site '{name}' has none; leave cost at its default, the negative log-likelihood"
+            ) from error
+        sizes = difference.square() if cost == "squared error" else difference.abs()
+        errors.append(per_row(node, _over_event(node["fn"], sizes)))
+    return torch.stack(errors).sum(0).view(traces.particles, -1)
+
+
+def _over_event(fn: Any, values: Tensor) -> Tensor:
+    """Sum over the event's dimensions what has the shape of a distribution's samples, as its log-density is summed."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return scale_and_mask(_over_event(fn.base_dist, values), mask=fn._mask)
+    if isinstance(fn, dist.Independent):
+        return sum_rightmost(_over_event(fn.base_dist, values), fn.reinterpreted_batch_ndims)
+    return sum_rightmost(values, fn.event_dim)
+
+
+def _local(traces: Traces) -> dict[str, dict[str, Any]]:
+    """The model's per-observation latent sites."""
+    nodes = sample_sites(traces.model).items()
+    return {name: node for name, node in nodes if not node["is_observed"] and data_frame(node) is not None}
+
+
+def _discrepancy(model: Callable, traces: Traces, kernel: Kernel) -> Tensor:
+    """MMD² between the guide's draws and the prior's, the mean over K of each particle's.
+
+    Particles are kept apart: the draws of one observation are not independent draws of the aggregate posterior.
+    """
+    posterior = _local(traces)
+    if not posterior:
+        raise ValueError(
+            "the aggregate posterior is that of per-observation latent sites, and the model has none in the plate "
+            '"data"; train it with ELBO()'
+        )
+    z = _side_by_side(posterior, traces.particles)
+    if z.shape[1] == 1:
+        warnings.warn(
+            "a batch of one row has no unbiased discrepancy, so only its other terms count; use larger batches",
+            stacklevel=2,
+        )
+        return z.new_zeros(())
+    prior = _prior_draws(model, traces, posterior)
+    return maximum_mean_discrepancy(z, _side_by_side(prior, traces.particles), kernel).mean()
+
+
+def _side_by_side(nodes: dict[str, dict[str, Any]], copies: int) -> Tensor:
+    """The values of sites, ``(K, B, D)``."""
+    for name, node in nodes.items():
+        if node["mask"] is not None or isinstance(_by_value(node["fn"]), dist.MaskedDistribution):
+            raise ValueError(
+                f"the latent site '{name}' is masked, so its draws are not all draws of the posterior and can't be "
+                "compared with the prior's; train this model with ELBO()"
+            )
+    return torch.cat([elements(node, node["value"], copies).flatten(2) for node in nodes.values()], -1)
+
+
+class _AllDrawn(Exception):
+    """All the sites that were wanted have been drawn."""
+
+
+def _stop(message: Any) -> None:
+    raise _AllDrawn
+
+
+class _Drawing(Messenger):
+    """Keep some sites as a program draws them, and end it with the last: what would follow is a decoder, whose result
+    is not needed and whose running statistics should not see these draws."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.waiting = set(names)
+        self.nodes: dict[str, Any] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.waiting:
+            self.waiting.remove(msg["name"])
+            self.nodes[msg["name"]] = msg
+            if not self.waiting:
+                msg["continuation"] = _stop
+
+
+def _prior_draws(model: Callable, traces: Traces, sites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per-observation latent sites as the model draws them on its own, at the guide's draws of global ones."""
+    shared = poutine.Trace()
+    for name, node in sample_sites(traces.model).items():
+        if data_frame(node) is None and not node["is_observed"]:
+            shared.add_node(name, **node)
+    drawing = _Drawing([*sites])
+    try:
+        with drawing:
+            poutine.uncondition(poutine.replay(model, trace=shared))(*traces.rows)
+    except _AllDrawn:
+        return {name: drawing.nodes[name] for name in sites}
+    raise ValueError(
+        f"the model draws the latent sites {sorted(drawing.waiting)} only when something is observed; draw them always"
+    )
+
+
+def _only_site(traces: Traces) -> str:
+    drawn = {name: node for name, node in sample_sites(traces.guide).items() if not node["is_observed"]}
+    modelled = sample_sites(traces.model)
+    names = [name for name, node in drawn.items() if data_frame(modelled.get(name, node)) is not None]
+    if len(names) != 1:
+        raise ValueError(
+            "BetaTCVAE needs one per-observation latent site, for q(z | x) must be known at other observations' draws; "
+            f"the guide has {names or 'none'}. Join them in one site, or train with InfoVAE(), which serves several"
+        )
+    return names[0]
+
+
+def _check_independent(name: str, node: dict[str, Any], program: str) -> None:
+    fn = _by_value(node["fn"])
+    if fn.event_shape or is_point_mass(fn) or node["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
+        raise ValueError(
+            f"BetaTCVAE needs densities of each value of a latent site on its own, but the {program}'s distribution at "
+            f"site '{name}', a {type(node['fn']).__name__}, gives none; use distributions with independent values, "
+            "such as Normal in the guide and StandardNormal in the model, or train with InfoVAE()"
+        )
+
+
+def _by_value(fn: Any) -> Any:
+    """A distribution without the declaration that its independent values are one event."""
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _under_each_other(node: dict[str, Any]) -> Tensor:
+    """log q(z_{i,d} | x_j) of all rows i and j and every value d of the site, ``(rows, rows, D)``."""
+    value, frame = node["value"], data_frame(node)
+    assert frame is not None and frame.dim is not None
+    axis = frame.dim - node["fn"].event_dim
+    value = value.to(
+        torch.promote_types(value.dtype, torch.float32)
+    )  # half precision has no room for sums of densities
+    # Draws first and a single row in place of the plate: against the distribution that is all draws by all rows.
+    log_q = _by_value(node["fn"]).log_prob(value.movedim(axis, 0).unsqueeze(axis))
+    return log_q.movedim(axis, 1).reshape(len(log_q), len(log_q), -1)
