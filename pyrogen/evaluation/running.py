@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from pyrogen.inference.batches import Batches, as_batch, check_data
 from pyrogen.inference.checkpoints import seeded
-from pyrogen.inference.checks import check_programs, check_values, first_parameter, modules_of
+from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.programs import (
     Copies,
     Site,
     data_frame,
     latent_sites,
+    modules_of,
     no_sites,
     prototype,
     repeat,

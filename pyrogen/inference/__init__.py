@@ -2,6 +2,7 @@
 
 from pyrogen.inference.adversarial import GAN
 from pyrogen.inference.guides import AmortizedGuide
+from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
 from pyrogen.inference.kernels import (
     EnergyKernel,
     GaussianKernel,
@@ -23,7 +24,6 @@ from pyrogen.inference.ratios import (
     Wasserstein,
 )
 from pyrogen.inference.run import CriticOptions, FitOptions, OutputExistsError, Run, load, save
-from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
 from pyrogen.inference.schedules import CyclicalSchedule, LinearSchedule
 from pyrogen.inference.telescoping import Telescoping
 from pyrogen.inference.training import fit
@@ -31,15 +31,13 @@ from pyrogen.inference.training import fit
 __all__ = [
     "AAE",
     "AVB",
-    "VGH",
-    "AlphaGAN",
-    "Hybrid",
-    "VGHPlusPlus",
     "ELBO",
     "GAN",
     "IWAE",
     "NWJ",
+    "VGH",
     "WAE",
+    "AlphaGAN",
     "AmortizedGuide",
     "BetaTCVAE",
     "CriticOptions",
@@ -49,6 +47,7 @@ __all__ = [
     "FitOptions",
     "GaussianKernel",
     "Hinge",
+    "Hybrid",
     "InfoVAE",
     "InverseMultiquadraticKernel",
     "JensenShannon",
@@ -63,6 +62,7 @@ __all__ = [
     "Renyi",
     "Run",
     "Telescoping",
+    "VGHPlusPlus",
     "Wasserstein",
     "fit",
     "load",

@@ -14,25 +14,18 @@ from pyrogen.inference.batches import CHUNK, Batches, check_finite
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.programs import (
     Site,
-    _modules_referred_to,
     bare,
     data_frame,
     latent_sites,
+    modules_of,
     observed_sites,
     prototype,
     sample_sites,
 )
 
-__all__ = ["check_programs", "check_values", "first_parameter", "modules_of"]
+__all__ = ["check_programs", "check_values", "first_parameter"]
 
 _DRAWS = 100
-
-
-def modules_of(program: Callable | None) -> list[nn.Module]:
-    """The module that a program is, or those that a plain function refers to."""
-    if program is None:
-        return []
-    return [program] if isinstance(program, nn.Module) else [*_modules_referred_to(program).values()]
 
 
 def first_parameter(*programs: Callable | None) -> Tensor | None:

@@ -91,7 +91,7 @@ class CriticObjective(Objective):
             return
         self.check_guide(guide)
         rows = tuple(x[:2] for x in batch)
-        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model):
+        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model, guide):
             draws = Draws(model, guide if self.uses_guide else None, rows, self.particles)
             for name, contrast in self.contrasts(draws).items():
                 self.critics[name] = contrast.to(rows[0].device, rows[0].dtype)
@@ -317,7 +317,7 @@ class Hybrid(CriticObjective):
 class AVB(Hybrid):
     r"""Adversarial variational Bayes: the evidence lower bound for guides and priors that can only be sampled.
 
-    .. math:: \mathcal{L} = -\operatorname{E} \log p(x \mid z) + eta \operatorname{E}_{q(z|x)} \log rac{q(z|x)}{p(z)}
+    .. math:: \mathcal{L} = -\operatorname{E} \log p(x \mid z) + \beta \operatorname{E}_{q(z|x)} \log \frac{q(z|x)}{p(z)}
 
     with a critic for the density of each implicit side of each latent site. Explicit sites beside them have their
     divergence in closed form or by Monte Carlo. Mescheder, Nowozin & Geiger 2017, 1701.04722; their settings, Adam
@@ -364,7 +364,7 @@ class AAE(Hybrid):
     r"""Adversarial autoencoder: the aggregate posterior matches the prior, by one critic.
 
     .. math:: \mathcal{L} = -\operatorname{E} \log p(x \mid z)
-        + \lambda \operatorname{E}_{q(z)} \log rac{q(z)}{p(z)}
+        + \lambda \operatorname{E}_{q(z)} \log \frac{q(z)}{p(z)}
 
     Makhzani et al. 2015, 1511.05644.
 
@@ -392,8 +392,7 @@ class AAE(Hybrid):
 class AlphaGAN(Hybrid):
     r"""α-GAN: an ℓ1 reconstruction, and critics in both spaces.
 
-    .. math:: \mathcal{L} = \lambda \lVert x - \hat x 
-Vert_1 + R_D(\hat x) + R_D(	ilde x) + R_C(z), \quad
+    .. math:: \mathcal{L} = \lambda \lVert x - \hat x \rVert_1 + R_D(\hat x) + R_D(\tilde x) + R_C(z), \quad
         R(u) = -\log D(u) + \log (1 - D(u))
 
     The visible critic's verdict teaches the model alone, the reconstruction both. Rosca, Lakshminarayanan,
@@ -431,8 +430,8 @@ Vert_1 + R_D(\hat x) + R_D(	ilde x) + R_C(z), \quad
 class VGH(Hybrid):
     r"""VAE-GAN hybrid: the marginal latent term, and a synthetic likelihood from a critic of reconstructions.
 
-    .. math:: \mathcal{L} = \operatorname{E} \log rac{p_	heta(\hat x)}{p^*(\hat x)}
-        + \operatorname{E}_{q(z)} \log rac{q(z)}{p(z)}
+    .. math:: \mathcal{L} = \operatorname{E} \log \frac{p_\theta(\hat x)}{p^*(\hat x)}
+        + \operatorname{E}_{q(z)} \log \frac{q(z)}{p(z)}
 
     Rosca, Lakshminarayanan & Mohamed 2018, 1802.06847. Where the paper leaves room, the choices are ours: both ratios
     are those of :class:`AlphaGAN`, and the verdict on reconstructions teaches the guide too.

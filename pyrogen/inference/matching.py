@@ -37,7 +37,7 @@ class _Matching(Objective):
 
     def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
         super().prepare(model, guide, *batch)
-        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model):
+        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model, guide):
             self.estimate(model, guide, *batch)
 
     def log_bound(self, log_weights: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Objective(pyro.infer.ELBO):
             ValueError: If it can't, such as at a site without a density.
         """
         self.check_guide(guide)
-        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model):
+        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model, guide):
             self.terms(model, guide, *batch)
 
     def check_guide(self, guide: Callable | None) -> None:

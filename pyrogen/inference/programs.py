@@ -37,6 +37,7 @@ __all__ = [
     "is_real",
     "latent_sites",
     "make_example",
+    "modules_of",
     "no_sites",
     "observed_sites",
     "per_row",
@@ -170,10 +171,9 @@ def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluation_mode(program: Callable) -> Iterator[None]:
-    """Within, a module and its parts are in evaluation mode; each gets its own mode back."""
-    roots = [program] if isinstance(program, nn.Module) else _modules_referred_to(program).values()
-    modules = [module for root in roots for module in root.modules()]
+def evaluation_mode(*programs: Callable | None) -> Iterator[None]:
+    """Within, programs and their modules are in evaluation mode; each gets its own mode back."""
+    modules = [module for program in programs for root in modules_of(program) for module in root.modules()]
     modes = [module.training for module in modules]
     # Pyro's store would have every parameter that it sees trained.
     frozen = [p for module in modules for p in module.parameters(recurse=False) if not p.requires_grad]
@@ -243,6 +243,13 @@ class Program(nn.Module):
     def forward(self, *batch: Tensor) -> Any:
         with pyro.get_param_store().scope(self._store):
             return self.function(*batch)
+
+
+def modules_of(program: Callable | None) -> list[nn.Module]:
+    """The module that a program is, or those that a plain function refers to."""
+    if program is None:
+        return []
+    return [program] if isinstance(program, nn.Module) else [*_modules_referred_to(program).values()]
 
 
 def _modules_referred_to(function: Callable) -> dict[str, nn.Module]:

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import seeded
-from pyrogen.inference.checks import check_programs, check_values, first_parameter, modules_of
+from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.loop import CHECKPOINT, Training
 from pyrogen.inference.objectives import Objective
-from pyrogen.inference.programs import as_module, describe_example
+from pyrogen.inference.programs import as_module, describe_example, modules_of
 from pyrogen.inference.run import CriticOptions, FitOptions, Run, clear_folder, prepare_folder
 
 __all__ = ["fit"]
