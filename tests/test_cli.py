@@ -161,9 +161,10 @@ def test_defaults_of_compare(monkeypatch):
     asked: dict[str, Any] = {}
     monkeypatch.setattr(commands, "compare", lambda model, guides, **options: asked.update(options, guides=guides))
     assert main(["compare"]) == 0
-    assert [*asked["guides"]] == [
-        f"{family} {objective}" for family in ("Normal", "MultivariateNormal", "Flow") for objective in ("ELBO", "IWAE")
+    explicit = [
+        f"{family} {bound}" for family in ("Normal", "MultivariateNormal", "Flow") for bound in ("ELBO", "IWAE")
     ]
+    assert [*asked["guides"]] == [*explicit, "Implicit AVB"]
     assert asked["data"].name == "digits" and len(asked["test"]) == 180
 
 

@@ -87,9 +87,9 @@ class ImplicitDistribution(dist.TorchDistribution):
 
 
 def is_implicit(fn: Any) -> bool:
-    """Whether a distribution has no density, also inside ``to_event``, ``mask``, ``expand`` or under a transform."""
+    """Whether a distribution has no density, also inside ``to_event``, ``mask``, a transform or a mixture."""
     while fn is not None:
-        if isinstance(fn, ImplicitDistribution):
+        if isinstance(fn, ImplicitDistribution) or is_implicit(getattr(fn, "component_distribution", None)):
             return True
         fn = getattr(fn, "base_dist", None)
     return False

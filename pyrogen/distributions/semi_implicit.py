@@ -34,10 +34,8 @@ class _Draw:
     component: Any
     differentiable: bool
 
-    def is_source_of(self, value: Tensor) -> bool:
-        """Whether a value is this draw, perhaps after a transform and back."""
-        if value is self.value:
-            return True
+    def resembles(self, value: Tensor) -> bool:
+        """Whether a value may be this draw after a transform and back."""
         if value.shape != self.value.shape or not value.numel():
             return False
         with torch.no_grad():
@@ -102,7 +100,7 @@ class SemiImplicitDistribution(dist.TorchDistribution):
             value ``(*S, *batch_shape, *event_shape)`` gives ``(*S, *batch_shape)``.
         """
         shape = torch.broadcast_shapes(value.shape[: value.dim() - self.event_dim], self.batch_shape)
-        draw = next((draw for draw in reversed(self.drawn) if draw.is_source_of(value)), None)
+        draw = self._source_of(value)
         fresh = self.draws + (draw is None)
         at_once = max(1, min(fresh, ROWS_AT_ONCE // max(1, shape.numel())))
         scores = [
@@ -113,8 +111,14 @@ class SemiImplicitDistribution(dist.TorchDistribution):
             # A draw made without a graph would withhold the gradient of the component it came from.
             stale = torch.is_grad_enabled() and not draw.differentiable
             own = self.component(draw.noise) if stale else draw.component
-            scores.append(own.log_prob(value).unsqueeze(0))
+            scores.append(own.log_prob(value).expand(shape).unsqueeze(0))
         return torch.logsumexp(torch.cat(scores), 0) - math.log(self.draws + 1)
+
+    def _source_of(self, value: Tensor) -> _Draw | None:
+        """The draw that a value is, of which there is no doubt, or that it resembles."""
+        latest_first = [*reversed(self.drawn)]
+        same = (draw for draw in latest_first if draw.value is value)
+        return next(same, None) or next((draw for draw in latest_first if draw.resembles(value)), None)
 
     def __repr__(self) -> str:
         shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
@@ -125,7 +129,8 @@ def has_stochastic_density(fn: Any) -> bool:
     """Whether the density of a distribution is an estimate that holds for its own draws only, also inside
     ``to_event``, ``mask``, ``expand`` or under a transform.
 
-    Objectives that score the draws of one distribution object by another, equal one can't use it.
+    Objectives that score the draws of one distribution object by another, equal one can't use it: there the estimate
+    lacks the component that made the draw, log q is from below, and an ELBO with it bounds nothing.
     """
     while fn is not None:
         if getattr(fn, "stochastic_density", False):

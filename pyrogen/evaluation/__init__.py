@@ -1,6 +1,9 @@
 """Evaluation: how likely held-out data are, what the latents carry, samples, and posteriors for ArviZ."""
 
 from pyrogen.evaluation.calibration import RatioCalibration, calibrate_ratio, fit_ratio
+from pyrogen.evaluation.critics import CriticEstimates, critic_estimates
+from pyrogen.evaluation.explicit import explicit_guide
+from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
 from pyrogen.evaluation.inference_data import to_arviz
 from pyrogen.evaluation.likelihood import ImportanceSampling, importance_sampling, log_likelihood
 from pyrogen.evaluation.rates import RateDistortion, rate_distortion
@@ -10,14 +13,20 @@ from pyrogen.evaluation.units import ActiveUnits, active_units
 
 __all__ = [
     "ActiveUnits",
+    "CriticEstimates",
     "Evaluation",
+    "HeldOutEstimate",
     "ImportanceSampling",
     "RateDistortion",
     "RatioCalibration",
     "active_units",
     "calibrate_ratio",
+    "critic_estimates",
     "evaluate",
+    "explicit_guide",
     "fit_ratio",
+    "held_out_marginal_kl_estimate",
+    "held_out_rate_estimate",
     "importance_sampling",
     "log_likelihood",
     "posterior_samples",

@@ -50,8 +50,13 @@ class RatioCalibration:
         first_wrong = within.index(False) if False in within else len(within)
         if first_wrong == 0:
             return 0.0
-        beyond = min(self.estimated[first_wrong:], default=math.inf)
-        return max(0.0, min(max(self.estimated[:first_wrong]), beyond))
+        return max(0.0, min(max(self.estimated[:first_wrong]), self._misjudged))
+
+    @property
+    def _misjudged(self) -> float:
+        """The smallest estimate of a divergence past the first that is not within tolerance."""
+        within = [abs(error) <= TOLERANCE for error in self._errors]
+        return min(self.estimated[within.index(False) :]) if False in within else math.inf
 
     @property
     def _errors(self) -> list[float]:
@@ -59,7 +64,7 @@ class RatioCalibration:
 
     def shown(self, estimate: float) -> str:
         """An estimate in nats as a table shows it: ``"12.3"``, or ``"> 15.0"`` past the range that is trusted."""
-        return f"{estimate:.1f}" if estimate <= self.trusted else f"> {self.trusted:.1f}"
+        return f"{estimate:.1f}" if estimate <= self.trusted and estimate < self._misjudged else f"> {self.trusted:.1f}"
 
     def error_at(self, estimate: float) -> float:
         """The relative error that an estimate of this size has, by linear interpolation; −0.2 is a fifth too little.

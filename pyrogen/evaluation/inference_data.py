@@ -67,8 +67,10 @@ def to_arviz(
 
     and by the shape k̂ of their tail, fitted by Pareto smoothing over all draws: below 0.5 the guide is good, above 0.7
     it is not to be trusted (Yao, Vehtari, Simpson & Gelman 2018, *Yes, but did it work?*, 1802.02538). Weights that
-    are all equal have no tail, and get 0. k̂ needs 25 draws in all, and neither is defined where the guide has a point
-    mass. With global sites a weight is that of the observation's own latents given θ, and ``log_weight_global``
+    are all equal have no tail, and get 0. k̂ needs 25 draws in all. Neither is defined where the guide has a point
+    mass, nor known where guide or model have an implicit site: both are left out then, and the rest of ``sample_stats``
+    with them. What a critic makes of the ratio is no weight. An implicit observed site has no ``log_likelihood``. With
+    global sites a weight is that of the observation's own latents given θ, and ``log_weight_global``
     ``(chain, draw)``, log p(θ) − log q(θ), stands beside it.
 
     Memory: besides posterior and densities, ``(chains * predictive_draws + predictive_draws) * B`` observations are
@@ -88,7 +90,8 @@ def to_arviz(
         An ``arviz.InferenceData`` with ArviZ 0.x, an ``xarray.DataTree`` with ArviZ 1.x.
 
     Raises:
-        ValueError: If a number of draws is out of range, there is no guide, or programs and observations do not fit.
+        ValueError: If a number of draws is out of range, there is no guide, as after training a GAN, or programs and
+            observations do not fit.
 
     Example:
         >>> import pyrogen as pg
@@ -237,20 +240,23 @@ class _Posterior:
         self.kept = np.arange(predictive) * (frame.draws // max(predictive, 1))
         self.numbers = (np.arange(frame.chains)[:, None] * frame.draws + self.kept).ravel()
         self.latents = {name: _Draws(draws, None if frame.is_global(name) else self.count) for name in pair.latents}
-        self.densities = {name: _Draws(draws, self.count) for name in pair.observed}
+        self.densities = {
+            name: _Draws(draws, self.count) for name in pair.observed if name not in pair.implicit_likelihood
+        }
         self.predicted = {name: _Draws(len(self.numbers), self.count) for name in pair.observed}
         self.observed = {name: _Draws(1, self.count) for name in pair.observed}
+        self.weighted = pair.has_rate and not pair.implicit_likelihood
         self.weights, self.global_weights = _Draws(draws, self.count), _Draws(draws, None)
 
     def collect(self, rows: int) -> None:
         pair, draws = self.frame.pair, self.frame.chains * self.frame.draws
         start = 0
-        for part, terms in pair_passes(pair, draws, rows, copies=1 if pair.has_global else None):
-            self._put(terms, start, part)
-            start += len(terms.log_weights) if part.stop == self.count else 0
+        for part, copies, terms in pair_passes(pair, draws, rows, copies=1 if pair.has_global else None):
+            self._put(terms, copies, start, part)
+            start += copies if part.stop == self.count else 0
 
-    def _put(self, terms: Terms, start: int, part: slice) -> None:
-        copies, nodes = len(terms.log_weights), sample_sites(terms.model_trace)
+    def _put(self, terms: Terms, copies: int, start: int, part: slice) -> None:
+        nodes = sample_sites(terms.model_trace)
         for name, into in self.latents.items():
             into.put(by_row(nodes[name], nodes[name]["value"], copies), start, part)
         for name, into in self.densities.items():
@@ -258,7 +264,8 @@ class _Posterior:
         if start == 0:
             for name, into in self.observed.items():
                 into.put(by_row(nodes[name], nodes[name]["value"], copies)[:1], 0, part)
-        self.weights.put(terms.log_weights, start, part)
+        if self.weighted:
+            self.weights.put(terms.log_weights, start, part)
         if terms.global_ratios:
             self.global_weights.put(-sum(terms.global_ratios.values(), start=torch.zeros(())), start, part)
         first, last = np.searchsorted(self.numbers, [start, start + copies])
@@ -286,17 +293,18 @@ class _Posterior:
 
     def _statistics(self) -> Variables:
         """Importance weights and the shape of their tails."""
-        pair, by_chain, log_w = self.frame.pair, self.frame.by_chain, self.weights.all
+        pair, by_chain = self.frame.pair, self.frame.by_chain
         found: Variables = {}
-        if pair.local_point_masses:
+        if not self.weighted:
             return found
+        log_w = self.weights.all
         if any(not site.is_global for site in pair.latents.values()):
             found["log_weight"] = (("chain", "draw", "observation"), by_chain(log_w))
             if len(log_w) >= _FEWEST_FOR_PARETO:
                 k = pareto_k(log_w.T.double().numpy(), major=_arviz_major())
                 if k is not None:
                     found["pareto_k"] = (("observation",), torch.as_tensor(k))
-        if pair.has_global and not pair.point_masses:
+        if pair.has_global and pair.has_global_rate:
             found["log_weight_global"] = (("chain", "draw"), by_chain(self.global_weights.all))
         return found
 

@@ -77,6 +77,9 @@ def importance_sampling(
 
     Raises:
         ValueError: If the guide has a point mass at a per-observation site, or programs and observations do not fit.
+        NoDensityError: A ``ValueError`` that names the implicit sites: with one in the guide, use a method that needs
+            no guide density, or an :func:`explicit_guide` fitted afterwards; with one in the model there is no
+            log p(x, z).
         ArithmeticError: If a weight is NaN; it names the site where that began.
 
     Example:
@@ -106,7 +109,8 @@ def log_likelihood(
     .. math:: \log p(x) \approx \log \frac{1}{K} \sum_{k=1}^{K} \frac{p(x, z_k)}{q(z_k \mid x)}, \quad
         z_k \sim q(z \mid x)
 
-    :func:`importance_sampling` takes the same arguments, says more, and has the details.
+    :func:`importance_sampling` takes the same arguments, says more, and has the details. A guide or a model with
+    implicit sites is refused.
 
     Example:
         >>> from pyrogen.data import LinearGaussian
@@ -123,10 +127,9 @@ def _accumulate(pair: Prepared, particles: int, rows: int) -> ImportanceSampling
     # In double precision and on the CPU, since not every accelerator has doubles.
     log_sum = torch.full((len(pair.batch[0]),), -math.inf, dtype=torch.float64)
     log_squares, units, like = log_sum.clone(), 0, pair.batch[0]
-    for part, terms in pair_passes(pair, particles, rows, copies=pair.copies_of(particles)):
+    for part, copies, terms in pair_passes(pair, particles, rows, copies=pair.copies_of(particles)):
         like = terms.log_weights
         log_w = _checked(terms).double().cpu()
-        copies = len(log_w)
         log_mass = torch.logsumexp(log_w, 0)
         if pair.has_global:
             # Particles that share θ are not independent; their mean is the unit whose spread is measured.

@@ -16,10 +16,11 @@ class RateDistortion:
     """The rate and the distortion of B observations.
 
     Attributes:
-        rate: KL(q(z|x) ‖ p(z)) in nats, ``(B,)``; NaN where the guide has a point mass.
-        distortion: −E log p(x|z) in nats, ``(B,)``.
+        rate: KL(q(z|x) ‖ p(z)) in nats, ``(B,)``; NaN where the guide has a point mass, or guide or prior an implicit
+            site.
+        distortion: −E log p(x|z) in nats, ``(B,)``; NaN with an implicit likelihood.
         global_rate: KL(q(θ) ‖ p(θ)) of the global sites in nats, for the whole data set; 0 without such
-            sites, NaN where the guide has a point mass.
+            sites, NaN where the guide has a point mass or a side is implicit.
     """
 
     rate: Tensor
@@ -67,7 +68,9 @@ def rate_distortion(
 
     Returns:
         Rates and distortions, of shape ``(B,)``, in nats. Where the guide has a point mass at a per-observation site
-        the rate, and with it the ELBO, is not defined: NaN.
+        the rate, and with it the ELBO, is not defined: NaN. Where guide or prior have an implicit site it is defined
+        but not known: NaN too, for a critic could only estimate it; see :func:`held_out_rate_estimate
+        <pyrogen.evaluation.held_out_rate_estimate>`.
 
     Raises:
         ValueError: If programs and observations do not fit.
@@ -83,18 +86,25 @@ def rate_distortion(
     """
     with prepared(model, guide, x, seed=seed, particles=particles, rows=rows) as pair:
         rate, distortion, global_rate = None, None, 0.0
-        for part, terms in pair_passes(pair, particles, rows, copies=pair.copies_of(particles), closed_form=True):
+        for part, copies, terms in pair_passes(
+            pair, particles, rows, copies=pair.copies_of(particles), closed_form=True
+        ):
             if rate is None or distortion is None:
-                rate = terms.ratio.new_zeros(len(pair.batch[0]))
+                known = [*terms.log_likelihoods.values(), *terms.ratios.values(), *pair.batch]
+                rate = known[0].new_zeros(len(pair.batch[0]))
                 distortion = torch.zeros_like(rate)
-            rate[part] += terms.ratio.sum(0) / particles
-            distortion[part] -= terms.log_likelihood.sum(0) / particles
+            for ratio in terms.ratios.values():
+                rate[part] += ratio.sum(0) / particles
+            for log_likelihood in terms.log_likelihoods.values():
+                distortion[part] -= log_likelihood.sum(0) / particles
             if part.start == 0:
-                share = len(terms.log_weights) / particles
+                share = copies / particles
                 global_rate += share * sum(float(ratio) for ratio in terms.global_ratios.values())
         assert rate is not None and distortion is not None  # there is at least one row
-        if pair.local_point_masses:
+        if not pair.has_rate:
             rate = torch.full_like(rate, torch.nan)
-        if len(pair.point_masses) > len(pair.local_point_masses):
+        if pair.implicit_likelihood:
+            distortion = torch.full_like(distortion, torch.nan)
+        if not pair.has_global_rate:
             global_rate = torch.nan
         return RateDistortion(rate, distortion, global_rate)

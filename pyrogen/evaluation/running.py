@@ -1,7 +1,8 @@
 """Running programs outside of training: checked rows, a mode and a random state of their own, and bounded memory."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.batches import Batches, as_batch, check_data
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
@@ -26,9 +28,9 @@ from pyrogen.inference.programs import (
     repeat,
     sample_sites,
 )
-from pyrogen.inference.terms import Terms, run_programs
+from pyrogen.inference.terms import Terms, Traces, compare_sites, trace_programs
 
-__all__ = ["ROWS", "Prepared", "by_row", "means", "pair_passes", "passes", "prepared"]
+__all__ = ["ROWS", "Prepared", "by_row", "global_draws", "means", "pair_passes", "passes", "prepared"]
 
 ROWS = 4096
 """How many rows, copies counted, go through a program at once."""
@@ -46,7 +48,12 @@ class Prepared:
         batch: The rows, on the programs' device.
         latents: The model's latent sites.
         nodes: The model's sites in a trace of one or two rows.
-        point_masses: The latent sites at which the guide has no density.
+        point_masses: The latent sites at which the guide is a point mass.
+        implicit_guide: The per-observation sites at which the guide can only be sampled.
+        implicit_prior: The per-observation latent sites at which the model can.
+        implicit_likelihood: The observed sites at which the model can.
+        implicit_global: The global sites at which one of them can.
+        order: The guide's sites in its order.
     """
 
     model: Callable
@@ -55,6 +62,11 @@ class Prepared:
     latents: dict[str, Site]
     nodes: dict[str, dict[str, Any]]
     point_masses: tuple[str, ...]
+    implicit_guide: tuple[str, ...]
+    implicit_prior: tuple[str, ...]
+    implicit_likelihood: tuple[str, ...]
+    implicit_global: tuple[str, ...]
+    order: tuple[str, ...]
 
     @property
     def observed(self) -> list[str]:
@@ -63,7 +75,7 @@ class Prepared:
 
     @property
     def local_point_masses(self) -> list[str]:
-        """The per-observation sites at which the guide has no density."""
+        """The per-observation sites at which the guide is a point mass."""
         return [name for name in self.point_masses if not self.latents[name].is_global]
 
     @property
@@ -75,8 +87,57 @@ class Prepared:
         """How many copies may share one draw of the global sites; None without such sites."""
         return math.ceil(particles / GLOBAL_DRAWS) if self.has_global else None
 
+    @property
+    def has_rate(self) -> bool:
+        """Whether log q(z|x) and log p(z) are known at every per-observation site."""
+        return not (self.local_point_masses or self.implicit_guide or self.implicit_prior)
+
+    @property
+    def has_global_rate(self) -> bool:
+        """Whether log q(θ) and log p(θ) are known at every global site."""
+        return len(self.point_masses) == len(self.local_point_masses) and not self.implicit_global
+
+    def before(self, name: str) -> list[str]:
+        """The latent sites that the guide draws before one of them."""
+        return [other for other in _before(self.order, name) if other in self.latents]
+
+    def why_no_rate_estimate(self) -> str | None:
+        """What keeps critics from estimating the rate, or None."""
+        if self.local_point_masses:
+            return (
+                f"the guide's distribution at the latent sites {self.local_point_masses} is a point mass (Delta), "
+                "whose rate is infinite; use another family"
+            )
+        if helpers := [name for name in self.implicit_guide if name not in self.latents]:
+            return f"the guide's helper sites {helpers} are implicit; give them an explicit family"
+        for name in self.implicit_prior:
+            late = set(_before(self.latents, name)) - set(self.before(name))
+            if late:
+                return (
+                    f"the model's site '{name}' is implicit given {sorted(late)}, which the guide draws after it; draw "
+                    "the sites in the model's order"
+                )
+        return None
+
+    def need_joint_density(self, what: str) -> None:
+        """Raise a ``NoDensityError``, which is a ``ValueError``, if the model has an implicit site."""
+        if names := [*self.implicit_prior, *self.implicit_likelihood]:
+            raise NoDensityError(
+                f"{what} needs log p(x, z), but the model's distribution at the sites {names} is implicit: it can only "
+                "be sampled, and no guide changes that; judge the model by its samples (sample, prior_samples), or "
+                "give these sites a family with a density"
+            )
+
     def need_density(self, what: str) -> None:
-        """Raise a ``ValueError`` if the guide has a point mass at a per-observation site."""
+        """Raise a ``ValueError`` if log p(x, z) − log q(z|x) is not known: for implicit sites and point masses."""
+        self.need_joint_density(what)
+        if self.implicit_guide:
+            raise NoDensityError(
+                f"{what} needs the guide's density, but its distribution at the latent sites "
+                f"{[*self.implicit_guide]} is implicit: it can only be sampled. Use a method that needs no guide "
+                "density, or an explicit guide fitted afterwards to the frozen model: explicit_guide(model, guide, x) "
+                "gives one, and evaluate(run, x) does so by itself"
+            )
         if self.local_point_masses:
             raise ValueError(
                 f"{what} needs the guide's density, but its distribution at the latent sites "
@@ -103,6 +164,8 @@ def prepared(
     that Pyro's store holds; modules only their own. Without ``guided`` a guide may be missing, and without ``values``
     x only says how many rows there are.
 
+    Sites may be implicit: nothing here asks for a density.
+
     Raises:
         TypeError: If ``x`` is neither a tensor nor a sequence of tensors.
         ValueError: If x is empty, not finite or not what the model observes; if model and guide do not fit, or there
@@ -119,8 +182,10 @@ def prepared(
     if values:
         check_values(model, Batches(batch, None, len(batch[0]), 0))
     first = tuple(tensor[:2] for tensor in batch)
-    if guided or guide is not None:
+    if guide is not None:
         check_programs(model, guide, *first)
+    elif guided:
+        _check_guideless(model, first)
     modes = [module.training for module in modules]
     try:
         for module in modules:
@@ -137,6 +202,16 @@ def prepared(
             module.training = mode
 
 
+def _check_guideless(model: Callable, first: tuple[Tensor, ...]) -> None:
+    if latents := latent_sites(prototype(model, *first)):
+        raise ValueError(
+            f"the model has the latent sites {[*latents]} but there is no guide for them, as after training a GAN, so "
+            "nothing is known of them given observations. Fit a guide to the frozen model, such as "
+            "AmortizedGuide(model, encoder), and pass that; sample and prior_samples need none"
+        )
+    check_programs(model, None, *first)
+
+
 def _prepare(model: Callable, guide: Callable | None, batch: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> Prepared:
     trace = prototype(model, *first)
     nodes, latents = sample_sites(trace), latent_sites(trace)
@@ -147,10 +222,34 @@ def _prepare(model: Callable, guide: Callable | None, batch: tuple[Tensor, ...],
                 'not clear; put it in `with pyro.plate("data", len(x)):`'
             )
     masses: tuple[str, ...] = ()
+    drawn: dict[str, dict[str, Any]] = {}
     if guide is not None:
         drawn = sample_sites(prototype(guide, *first))
         masses = tuple(name for name in latents if is_point_mass(drawn[name]["fn"]))
-    return Prepared(model, guide or no_sites, batch, latents, nodes, masses)
+    locally = [{name: node for name, node in of.items() if data_frame(node) is not None} for of in (drawn, nodes)]
+    globally = [{name: node for name, node in of.items() if data_frame(node) is None} for of in (drawn, nodes)]
+    return Prepared(
+        model,
+        guide or no_sites,
+        batch,
+        latents,
+        nodes,
+        masses,
+        implicit_guide=_sampled(locally[0]),
+        implicit_prior=tuple(name for name in _sampled(locally[1]) if name in latents),
+        implicit_likelihood=tuple(name for name in _sampled(nodes) if name not in latents),
+        implicit_global=_sampled(globally[0] | globally[1]),
+        order=tuple(drawn),
+    )
+
+
+def _before(names: Iterable[str], name: str) -> list[str]:
+    return [*itertools.takewhile(lambda other: other != name, names)]
+
+
+def _sampled(nodes: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """The sites that can only be sampled."""
+    return tuple(name for name, node in nodes.items() if is_implicit(node["fn"]))
 
 
 def _placed(x: Tensor | Sequence[Tensor], parameter: Tensor | None) -> tuple[Tensor, ...]:
@@ -182,23 +281,32 @@ def _with_parameters(program: Callable, state: Any) -> Callable:
 
 def pair_passes(
     pair: Prepared, particles: int, rows: int, *, copies: int | None = None, closed_form: bool = False
-) -> Iterator[tuple[slice, Terms]]:
+) -> Iterator[tuple[slice, int, Terms]]:
     """Guide and model on ``particles`` copies of each row, in passes of at most ``rows`` rows.
 
     Copies come first: the encoder sees a row once in a pass, however many its copies. Global sites are drawn once for
-    each group of ``copies`` copies, and held while the group goes through the rows.
+    each group of ``copies`` copies, and held while the group goes through the rows. The ratio of an
+    implicit latent site counts as 0, and an implicit observed one is left out.
 
     Yields:
-        The rows of a pass, and its terms.
+        The rows of a pass, how many copies of them, and its terms.
     """
     for group in _groups(particles, rows, copies):
         held: poutine.Trace | None = None
         for part in _parts(len(pair.batch[0]), group, rows):
             guide = pair.guide if held is None else poutine.replay(pair.guide, trace=held)
             batch = tuple(tensor[part] for tensor in pair.batch)
-            terms = run_programs(pair.model, guide, batch, group, closed_form=closed_form)
-            held = held or _globals(terms.guide_trace)
-            yield part, terms
+            traces = trace_programs(pair.model, guide, batch, group)
+            held = held or global_draws(traces.guide)
+            unknown = {name: _nothing(pair, traces, name) for name in (*pair.implicit_guide, *pair.implicit_prior)}
+            yield part, group, compare_sites(traces, closed_form=closed_form, estimates=unknown)
+
+
+def _nothing(pair: Prepared, traces: Traces, name: str) -> Tensor:
+    """A ratio of nothing for a site whose ratio is not known."""
+    nodes = traces.model.nodes if name in pair.latents else traces.guide.nodes
+    node: Any = nodes[name]
+    return node["value"].new_zeros(node["fn"].batch_shape)
 
 
 def passes(
@@ -216,7 +324,7 @@ def passes(
             with Copies(group):
                 copied = repeat(tuple(tensor[part] for tensor in batch), group)
                 trace = poutine.trace(replayed).get_trace(*copied)
-            held = held or _globals(trace)
+            held = held or global_draws(trace)
             yield part, group, trace
 
 
@@ -232,7 +340,8 @@ def _parts(total: int, copies: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _globals(trace: poutine.Trace) -> poutine.Trace:
+def global_draws(trace: poutine.Trace) -> poutine.Trace:
+    """The global latent sites of a trace, for programs that shall be run at the same values."""
     held = poutine.Trace()
     for name, node in sample_sites(trace).items():
         if data_frame(node) is None and not node["is_observed"]:

@@ -105,7 +105,8 @@ def reconstruct(
     .. math:: \hat x_i = \mathbb{E}_{p(x \mid z_i)} [x], \quad z_i \sim q(z \mid x_i)
 
     The latents are a draw, not their mean, so that what the guide is unsure of shows; the observation is the mean of
-    its distribution, so that noise of the likelihood does not.
+    its distribution, so that noise of the likelihood does not. Of an implicit distribution, which has no mean in closed
+    form, it is a draw.
 
     Args:
         model, guide: Programs.
@@ -117,7 +118,8 @@ def reconstruct(
         Reconstructions ``(B, *event_shape)``, in the units of the data; by site where several are observed.
 
     Raises:
-        ValueError: If programs and observations do not fit, or an observed distribution has no mean in closed form.
+        ValueError: If programs and observations do not fit, there is no guide, or an observed distribution that is not
+            implicit has no mean in closed form.
 
     Example:
         >>> from pyrogen.data import LinearGaussian
@@ -129,9 +131,10 @@ def reconstruct(
     """
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
         parts: dict[str, list[Tensor]] = {name: [] for name in pair.observed}
-        for _, terms in pair_passes(pair, 1, rows):
+        for _, _, terms in pair_passes(pair, 1, rows):
             for name, node in observed_sites(terms.model_trace).items():
-                parts[name].append(by_row(node, _mean(name, node), 1)[0])
+                shown = node["fn"].sample() if name in pair.implicit_likelihood else _mean(name, node)
+                parts[name].append(by_row(node, shown, 1)[0])
         return _single({name: torch.cat(pieces) for name, pieces in parts.items()})
 
 
@@ -154,7 +157,8 @@ def sample(
         run: What :func:`pyrogen.fit` returned.
         n: How many.
         seed: Of the draws; the caller's random state is left as it was.
-        mean: Give the mean of the observed distribution at each z instead of a draw, as is customary for pictures.
+        mean: Give the mean of the observed distribution at each z instead of a draw, as is customary for pictures; an
+            implicit distribution, such as a GAN's, has none in closed form and gives draws.
         given: For a model that takes more tensors than x: these, without x, of any number of rows, which are repeated
             in order to make n.
         rows: How many rows go through the model at once.
@@ -183,7 +187,7 @@ def sample(
         parts: dict[str, list[Tensor]] = {name: [] for name in pair.observed}
         for trace in _new(pair, n, rows):
             for name, node in observed_sites(trace).items():
-                value = _mean(name, node) if mean else node["value"]
+                value = _mean(name, node) if mean and name not in pair.implicit_likelihood else node["value"]
                 parts[name].append(by_row(node, value, 1)[0])
         return _single({name: torch.cat(pieces) for name, pieces in parts.items()})
 

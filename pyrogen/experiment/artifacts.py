@@ -40,7 +40,13 @@ def write_artifacts(folder: Path, table: Comparison, rows: tuple[Tensor, ...], d
     with atomically(folder / "table.csv") as temporary:
         pd.DataFrame(table).to_csv(temporary)
     write_figures(folder / "figures", table, rows, data, seed)
-    write_posteriors(folder / "posteriors.nc", table.runs, tuple(x[:POSTERIOR_ROWS] for x in rows), seed)
+    guided = _with_guide(table.runs)
+    if guided:
+        write_posteriors(folder / "posteriors.nc", guided, tuple(x[:POSTERIOR_ROWS] for x in rows), seed)
+
+
+def _with_guide(runs: Mapping[str, Run]) -> dict[str, Run]:
+    return {name: run for name, run in runs.items() if run.guide is not None}
 
 
 def write_figures(folder: Path, table: Comparison, rows: tuple[Tensor, ...], data: Any, seed: int) -> None:
@@ -53,17 +59,21 @@ def write_figures(folder: Path, table: Comparison, rows: tuple[Tensor, ...], dat
     shown = (x[:count], *(other[:count] for other in rows[1:]))
     histories = {name: run.history for name, run in runs.items()}
     drawn = _each("samples", runs, lambda run: sample(run, count, seed=seed, mean=images, given=shown[1:]))
-    rebuilt = _each("reconstructions", runs, lambda run: reconstruct(run.model, run.guide, shown, seed=seed))
+    guided = _with_guide(runs)
+    rebuilt = _each("reconstructions", guided, lambda run: reconstruct(run.model, run.guide, shown, seed=seed)) or {}
     some = tuple(x[:_SCATTERED] for x in rows)
-    means = {name: posterior_means(run, some, seed=seed) for name, run in runs.items()}
+    means = {name: posterior_means(run, some, seed=seed) for name, run in guided.items()}
     made = {
         "samples": figures.samples(drawn, shown[0]) if drawn else None,
         "reconstructions": figures.reconstructions(shown[0], rebuilt) if rebuilt else None,
         "curves": figures.curves(histories),
-        "latents": figures.latents(means, None if labels is None else labels[:_SCATTERED], classes),
-        "comparison": figures.comparison(table, histories, shown[0], rebuilt or {}, drawn or {}),
+        "critics": figures.critics(histories),
+        "latents": figures.latents(means, None if labels is None else labels[:_SCATTERED], classes) if means else None,
+        "comparison": figures.comparison(table, histories, shown[0], rebuilt, drawn or {}),
     }
     for name, figure in made.items():
+        if figure is None and name == "critics":
+            continue
         if figure is None:
             _log.warning("no figure '%s': data of event shape %s have no such picture", name, tuple(x.shape[1:]))
         else:
@@ -98,7 +108,7 @@ def posterior_means(run: Run, rows: tuple[Tensor, ...], *, draws: int = 32, seed
     found = posterior_samples(run.model, run.guide, rows, draws, seed=seed)  # type: ignore[arg-type]
     sites = getattr(run.guide, "sites", {})
     local = [z for name, z in found.items() if name not in sites or not sites[name].is_global]
-    return torch.cat([z.mean(0).flatten(1) for z in local], 1)
+    return torch.cat([z.mean(0).reshape(z.shape[1], -1) for z in local], 1)
 
 
 def write_posteriors(path: Path, runs: Mapping[str, Run], rows: tuple[Tensor, ...], seed: int) -> None:

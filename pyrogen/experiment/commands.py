@@ -124,15 +124,16 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
     data = settings.load_data()
     with settings.limited_threads(data), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = settings.build_model(data)
-        encoder = settings.build_encoder(data)
-        example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
-        guide = amortized_guide(model, encoder, build_family(settings.family), example)
+        model, guide = settings.build_model(data), None
+        objective = build_objective(settings.objective)
+        if objective.uses_guide:
+            example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
+            guide = amortized_guide(model, settings.build_encoder(data), build_family(settings.family), example)
         describe([model, guide])  # so that what can't be loaded again is refused before time is spent on it
         run = fit(
             model,
             guide,
-            build_objective(settings.objective),
+            objective,
             data,
             progress=output.progress,
             out=folder,
@@ -161,6 +162,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
             data=data,
             test=data.test[: settings.test_rows],
             particles=settings.particles,
+            skip_unserved=True,
             out=folder,
             resume=output.resume,
             overwrite=output.overwrite,

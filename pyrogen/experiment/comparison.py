@@ -21,14 +21,16 @@ from torch.utils.data import Dataset
 
 from pyrogen.configuration import describe
 from pyrogen.data import Data
+from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.evaluation import evaluate
 from pyrogen.experiment.artifacts import write_artifacts
 from pyrogen.experiment.programs import amortized_guide, independent_copy
 from pyrogen.experiment.table import Comparison
-from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objective, Run, fit
+from pyrogen.inference import AmortizedGuide, CriticOptions, FitOptions, NonFiniteLoss, Objective, Run, fit
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.checks import check_programs, check_values
+from pyrogen.inference.hybrids import CriticObjective
 from pyrogen.inference.run import clear_folder, prepare_folder
 
 __all__ = ["CONFIGURATION", "compare"]
@@ -52,7 +54,10 @@ def compare(
     seed: int = 0,
     device: str = "auto",
     precision: str = "32-true",
+    critic: CriticOptions | None = None,
+    average: float | None = None,
     particles: int = 1000,
+    skip_unserved: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -68,14 +73,16 @@ def compare(
     Args:
         model: The program. It is copied, never trained itself.
         guides: By name, a family and an objective. The family is what :class:`~pyrogen.inference.AmortizedGuide`
-            takes: a class, a ``functools.partial`` of one, or a mapping from site names to these.
+            takes: a class, a ``functools.partial`` of one, or a mapping from site names to these; None with an
+            objective that uses no guide, such as ``GAN()``.
         encoder: Called without arguments, it gives each guide its encoder; or a module, of which each gets a copy.
         data: As for :func:`pyrogen.fit`.
         test: Rows for the evaluation, a tensor or a tuple of tensors; by default the test split where data have one,
             otherwise the training data, which the table then says.
-        epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision: As for
-            :func:`pyrogen.fit`.
+        epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision, critic, average:
+            As for :func:`pyrogen.fit`.
         particles: Draws for each test row, for the log-likelihood.
+        skip_unserved: Leave out, and name under the table, a guide without the density that its objective needs.
         out: A folder for all there is: ``table.csv``, ``figures/``, ``posteriors.nc`` (every fit's posterior of the
             first 16 test rows, along the dimension ``fit``; open it with ``arviz.from_netcdf``), ``compare.yaml``, and
             a run's folder for each fit, which :func:`pyrogen.load` reads.
@@ -115,10 +122,12 @@ def compare(
         seed=seed,
         device=device,
         precision=precision,
+        critic=critic or CriticOptions(),
+        average=average,
     )
     batches, _ = training_and_validation(data, batch_size, seed)
     rows, source = _test_rows(data, test)
-    fits = _prepare(model, guides, encoder, batches, seed)
+    fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)
     if configuration is None:
         configuration = _describe(model, fits, options, data, particles)
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
@@ -132,7 +141,7 @@ def compare(
             evaluation = evaluate(runs[each.name], rows, particles=particles, seed=seed)
             work.evaluated(each)
             table_rows.append(_row(runs[each.name], evaluation.to_dict()))
-        table = Comparison.of(table_rows, runs, source)
+        table = Comparison.of(table_rows, runs, source, left_out)
         if folder is not None:
             write_artifacts(folder, table, rows, data, seed)
         work.written()
@@ -146,35 +155,58 @@ class _Fit:
     name: str
     slug: str
     model: Callable
-    guide: AmortizedGuide
+    guide: AmortizedGuide | None
     objective: Objective
 
 
 def _prepare(
-    model: Callable, guides: Mapping[str, tuple[Any, Objective]], encoder: Any, batches: Batches, seed: int
-) -> list[_Fit]:
+    model: Callable,
+    guides: Mapping[str, tuple[Any, Objective]],
+    encoder: Any,
+    batches: Batches,
+    seed: int,
+    skip_unserved: bool,
+) -> tuple[list[_Fit], dict[str, str]]:
     """Build and check every fit, so that whatever is wrong shows before any training."""
     if not isinstance(guides, Mapping) or not guides:
         raise ValueError('expected guides as a mapping with at least one entry, such as {"flow": (Flow, ELBO())}')
     example = batches.first()
     check_values(model, batches)
-    fits = []
+    fits, left_out = [], {}
     for name, entry in guides.items():
         if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], Objective)):
             raise ValueError(f"the guide '{name}' must be a pair (family, objective), got {entry!r}")
         family, objective = entry
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            own = independent_copy(model, example)
-            features = copy.deepcopy(encoder) if isinstance(encoder, nn.Module) else encoder()
-            guide = amortized_guide(own, features, copy.deepcopy(family), example)
-        check_programs(own, guide, *example)
+            own, guide = independent_copy(model, example), None
+            if family is not None:
+                features = copy.deepcopy(encoder) if isinstance(encoder, nn.Module) else encoder()
+                guide = amortized_guide(own, features, copy.deepcopy(family), example)
+            objective.check_guide(guide)
+            check_programs(own, guide, *example, guided=objective.uses_guide)
+            try:
+                _trial(objective).prepare(own, guide, *example)
+            except NoDensityError as error:
+                if not skip_unserved:
+                    raise NoDensityError(f"{name}: {error}") from error
+                left_out[name] = str(error)
+                continue
         fits.append(_Fit(name, _slug(name), own, guide, copy.copy(objective)))
+    if not fits:
+        raise ValueError(f"no objective serves any of the guides: {'; '.join(left_out.values())}")
     slugs = [each.slug for each in fits]
     for each in fits:
         if slugs.count(each.slug) > 1:
             raise ValueError(f"two guides have names that give the folder '{each.slug}'; name one of them otherwise")
-    return fits
+    return fits, left_out
+
+
+def _trial(objective: Objective) -> Objective:
+    """A copy to be tried out, whose critics are its own."""
+    trial = copy.copy(objective)
+    trial.critics = copy.deepcopy(objective.critics)
+    return trial
 
 
 def _slug(name: str) -> str:
@@ -211,6 +243,8 @@ def _train(each: _Fit, data: Any, options: FitOptions, folder: Path | None, resu
                 seed=options.seed,
                 device=options.device,
                 precision=options.precision,
+                critic=options.critic,
+                average=options.average,
                 callbacks=(lambda run: work.trained(each, int(run.history["step"].iloc[-1])),),
                 progress=False,
                 out=None if folder is None else folder / each.slug,
@@ -245,8 +279,10 @@ class _Work:
         self.of_evaluation: dict[str, float] = {}
         for each in fits:
             seconds = _seconds_of(each, batch)
-            # A step goes forward and back, and the optimizer moves; an evaluation only goes forward.
-            self.of_step[each.name] = 3 * seconds
+            # A step goes forward and back, and the optimizer moves; an evaluation only goes forward. Critics are asked
+            # twice in a step, by the program and for their own loss.
+            critical = isinstance(each.objective, CriticObjective)
+            self.of_step[each.name] = (6 if critical else 3) * seconds
             draws = len(batch[0]) * each.objective.particles
             self.of_evaluation[each.name] = seconds / draws * len(rows[0]) * particles / 2
         self.writing = 2.0 + len(fits) if writes else 0.0
@@ -295,7 +331,7 @@ def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
     for program in (each.model, each.guide):
         if isinstance(program, nn.Module):
             program.eval()
-    best = math.inf
+    best, objective = math.inf, _trial(each.objective)
     with (
         torch.no_grad(),
         pyro.validation_enabled(False),
@@ -304,7 +340,7 @@ def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
     ):
         for _ in range(3):
             started = time.perf_counter()
-            each.objective.bound(each.model, each.guide, *batch)
+            objective.estimate(each.model, each.guide, *batch)
             best = min(best, time.perf_counter() - started)
     return best
 
@@ -321,8 +357,10 @@ def _describe(model: Callable, fits: list[_Fit], options: FitOptions, data: Any,
     return {
         "data": (data.source or data.name) if isinstance(data, Data) else None,
         "model": plain(model),
-        "guides": {e.name: {"family": plain(e.guide.family), "objective": plain(e.objective)} for e in fits},
-        "encoder": plain(fits[0].guide.encoder),
+        "guides": {
+            e.name: {"family": e.guide and plain(e.guide.family), "objective": plain(e.objective)} for e in fits
+        },
+        "encoder": next((plain(e.guide.encoder) for e in fits if e.guide), None),
         "options": {name: plain(value) for name, value in vars(options).items()},
         "particles": particles,
     }

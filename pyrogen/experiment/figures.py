@@ -18,7 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.utils import make_grid
 
-__all__ = ["are_images", "comparison", "curves", "latents", "reconstructions", "samples"]
+from pyrogen.inference.watch import PREFIX
+
+__all__ = ["are_images", "comparison", "critics", "curves", "latents", "reconstructions", "samples"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CLASS_COLOURS = (
@@ -145,15 +147,15 @@ def _curves(axes: Axes, histories: Mapping[str, pd.DataFrame]) -> None:
     for (name, history), look in zip(histories.items(), _looks(), strict=False):
         every = max(1, len(history) // 8)
         axes.plot(history["epoch"], history["loss"], label=name, markevery=every, **look)
-        validation = history.dropna(subset="validation")
-        axes.plot(validation["epoch"], -validation["validation"], color=look["color"], linestyle="--", linewidth=1.2)
-        losses = pd.concat([history["loss"], -validation["validation"]])
+        bound = history["validation"].fillna(history.get("validation_estimate", math.nan)).dropna()
+        axes.plot(history["epoch"][bound.index], -bound, color=look["color"], linestyle="--", linewidth=1.2)
+        losses = pd.concat([history["loss"], -bound])
         lowest, start = min(lowest, losses.min()), [*start, losses.quantile(0.98)]
     axes.plot([], [], color="#555555", linestyle="-", label="training")
     axes.plot([], [], color="#555555", linestyle="--", label="validation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_ylabel("negative bound (nats per observation)")
+    axes.set_ylabel("loss (nats per observation)")
     if lowest > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.4g}")
@@ -163,6 +165,46 @@ def _curves(axes: Axes, histories: Mapping[str, pd.DataFrame]) -> None:
         margin = 0.05 * (max(start) - lowest)
         axes.set_ylim(max(lowest - margin, lowest / 2) if lowest > 0 else lowest - margin, max(start) + margin)
     axes.grid(alpha=0.3)
+
+
+def critics(histories: Mapping[str, pd.DataFrame]) -> Figure | None:
+    """What the critics of every fit did, by epoch: their loss, how well they tell draws apart, the ratio they estimate.
+
+    An accuracy of one half is that of a critic that finds no difference, or has died; one of 1 that of a critic that
+    has won, whose ratio can't be trusted.
+
+    Args:
+        histories: As in :func:`curves`.
+
+    Returns:
+        The figure, or None if no fit has a critic.
+    """
+    if not any("critic_loss" in history for history in histories.values()):
+        return None
+    figure = Figure(figsize=(13, 3.8), layout="constrained", dpi=150)
+    panels = figure.subplots(1, 3)
+    for (name, history), look in zip(histories.items(), _looks(), strict=False):
+        if "critic_loss" not in history:
+            continue
+        accuracies = [str(column) for column in history if str(column).startswith(PREFIX)]
+        look = look | {"markevery": max(1, len(history) // 8)}
+        panels[0].plot(history["epoch"], history["critic_loss"], label=name, **look)
+        for column, style in zip(accuracies, itertools.cycle(("-", "--", ":", "-."))):
+            label = f"{name}: {column.removeprefix(PREFIX)}"
+            panels[1].plot(history["epoch"], history[column], linestyle=style, label=label, **look)
+        for column in ("rate_estimate", "marginal_kl_estimate"):
+            if column in history:
+                panels[2].plot(history["epoch"], history[column], label=name, **look)
+    panels[1].axhline(0.5, color="#555555", linewidth=0.8)
+    panels[1].set_ylim(0.45, 1.02)
+    titles = ("Critics' loss", "Critics' accuracy", "Estimate of rate or marginal KL (nats)")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
+    return figure
 
 
 def _looks() -> Any:
@@ -240,7 +282,8 @@ def comparison(
     parts: Any = figure.subfigures(2, 1, height_ratios=[height, 4.2]) if shown else [None, figure]
     if shown:
         left, right = parts[0].subfigures(1, 2, width_ratios=[1.18, 1])
-        _strips(left, {"data": originals, **rebuilt}, "Reconstructions of test data")
+        blank = dict.fromkeys(drawn, torch.ones_like(originals))  # a fit without a guide rebuilds nothing
+        _strips(left, {"data": originals, **(blank | dict(rebuilt))}, "Reconstructions of test data")
         _strips(right, {"data": originals.flip(0), **drawn}, _SAMPLES, names=False)
     axes, likelihood = parts[1].subplots(1, 2, width_ratios=[1.5, 1])
     _curves(axes, histories)

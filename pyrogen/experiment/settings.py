@@ -13,8 +13,9 @@ from torch import nn
 from pyrogen import data as data_sets
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, ContinuousBernoulli, NormalLikelihood, QuantizedNormal
+from pyrogen.distributions.implicit import is_implicit
 from pyrogen.experiment.parts import Part, call, partial_of, resolve
-from pyrogen.inference import Objective
+from pyrogen.inference import CriticOptions, Objective
 from pyrogen.models import LatentVariableModel
 
 __all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective"]
@@ -51,6 +52,12 @@ class Settings:
         learning_rate: Of Adam.
         schedule: How the learning rate goes on: constant, or falling to 0, linearly or as half a cosine.
         gradient_clip: Bound on the norm of the gradient.
+        critic_learning_rate: Of the critics' Adam, for objectives with critics; by default that of the program.
+        critic_betas: Of the critics' Adam.
+        critic_steps: Steps of the critics for each of the program; by default what the objective says, mostly 1.
+        critic_warmup: Steps in which the critics alone are trained, at first.
+        average: Decay of an exponential moving average of the weights, such as 0.999, with which the fit ends; by
+            default there is none.
         seed: Of initial weights, draws and the order of the data.
         device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.
         precision: Such as 32-true, bf16-mixed, 64-true.
@@ -74,6 +81,11 @@ class Settings:
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     gradient_clip: float | None = None
+    critic_learning_rate: float | None = None
+    critic_betas: tuple[float, float] = CriticOptions().betas
+    critic_steps: int | None = None
+    critic_warmup: int = 0
+    average: float | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "32-true"
@@ -105,7 +117,14 @@ class Settings:
         """The options of :func:`pyrogen.fit` that are set here."""
         epochs = 30 if self.epochs is None and self.steps is None else self.epochs
         names = ("steps", "batch_size", "learning_rate", "seed", "device", "precision", "schedule", "gradient_clip")
-        return {"epochs": epochs} | {name: getattr(self, name) for name in names}
+        critic = CriticOptions(
+            learning_rate=self.critic_learning_rate,
+            betas=self.critic_betas,
+            steps=self.critic_steps,
+            warmup=self.critic_warmup,
+        )
+        values = {name: getattr(self, name) for name in (*names, "average")}
+        return {"epochs": epochs, "critic": critic} | values
 
     def load_data(self) -> Data:
         """The data set."""
@@ -211,29 +230,39 @@ class CompareSettings(Settings):
 
     Args:
         guides: Families of the guide's distributions, called as family(features, context).
-        objectives: What is minimised; every family is fitted with every objective.
+        objectives: What is minimised; every family is fitted with every objective that can serve it, and one that uses
+            no guide, such as GAN, once. By default ELBO and IWAE, or AVB for a family without a density.
         particles: Draws for each test observation, for the log-likelihood.
         test_rows: Evaluate on the first so many rows of the test data; by default on all.
     """
 
-    guides: list[Part] = field(default_factory=lambda: [Part("Normal"), Part("MultivariateNormal"), Part("Flow")])
-    objectives: list[Part] = field(default_factory=lambda: [Part("ELBO"), Part("IWAE")])
+    guides: list[Part] = field(
+        default_factory=lambda: [Part("Normal"), Part("MultivariateNormal"), Part("Flow"), Part("Implicit")]
+    )
+    objectives: list[Part] | None = None
     particles: int = 1000
     test_rows: int | None = None
 
-    def build_guides(self) -> dict[str, tuple[Callable, Objective]]:
+    def build_guides(self) -> dict[str, tuple[Callable | None, Objective]]:
         """Every family with every objective, by name.
 
         Raises:
             ValueError: If a name is not known, or two have the same name and options.
         """
-        pairs = {}
-        for family in self.guides:
-            for objective in self.objectives:
-                name = f"{family!r} {objective!r}"
-                if name in pairs:
+        pairs: dict[str, tuple[Callable | None, Objective]] = {}
+        for part in self.guides:
+            family = build_family(part)
+            for objective in self.objectives or self._default_objectives(family):
+                built = build_objective(objective)
+                name = f"{part!r} {objective!r}" if built.uses_guide else repr(objective)
+                if name in pairs and built.uses_guide:
                     raise ValueError(f"'{name}' is there twice; give each guide and each objective once")
-                pairs[name] = (build_family(family), build_objective(objective))
+                pairs[name] = family if built.uses_guide else None, built
         if not pairs:
             raise ValueError("expected at least one family in guides and one objective in objectives")
         return pairs
+
+    def _default_objectives(self, family: Callable) -> list[Part]:
+        with torch.random.fork_rng():
+            example = family(self.latent, self.features)(torch.zeros(1, self.features))
+        return [Part("AVB")] if is_implicit(example) else [Part("ELBO"), Part("IWAE")]

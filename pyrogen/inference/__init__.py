@@ -1,6 +1,6 @@
 """Guides, objectives and training."""
 
-from pyrogen.inference.adversarial import GAN
+from pyrogen.inference.adversarial import ALI, GAN, VAEGAN
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
 from pyrogen.inference.kernels import (
@@ -11,7 +11,7 @@ from pyrogen.inference.kernels import (
     maximum_mean_discrepancy,
 )
 from pyrogen.inference.loop import NonFiniteLoss
-from pyrogen.inference.matching import WAE, BetaTCVAE, InfoVAE
+from pyrogen.inference.matching import WAE, InfoVAE
 from pyrogen.inference.objectives import ELBO, IWAE, Objective, Renyi
 from pyrogen.inference.ratios import (
     NWJ,
@@ -26,15 +26,18 @@ from pyrogen.inference.ratios import (
 from pyrogen.inference.run import CriticOptions, FitOptions, OutputExistsError, Run, load, save
 from pyrogen.inference.schedules import CyclicalSchedule, LinearSchedule
 from pyrogen.inference.telescoping import Telescoping
+from pyrogen.inference.total_correlation import BetaTCVAE, FactorVAE
 from pyrogen.inference.training import fit
 
 __all__ = [
     "AAE",
+    "ALI",
     "AVB",
     "ELBO",
     "GAN",
     "IWAE",
     "NWJ",
+    "VAEGAN",
     "VGH",
     "WAE",
     "AlphaGAN",
@@ -44,6 +47,7 @@ __all__ = [
     "CyclicalSchedule",
     "DonskerVaradhan",
     "EnergyKernel",
+    "FactorVAE",
     "FitOptions",
     "GaussianKernel",
     "Hinge",

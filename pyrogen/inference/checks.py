@@ -7,7 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyrogen.inference.batches import CHUNK, Batches, check_finite
@@ -118,9 +118,9 @@ def _check_follows(drawn: dict[str, Any], rows: int) -> None:
         frame = data_frame(node)
         if frame is not None and frame.size != rows:
             raise ValueError(
-                f"the guide draws site '{name}' for {frame.size} rows when it is given {rows}, so it has parameters for "
-                "each observation and can serve neither minibatches nor other data; use a guide that follows the rows "
-                "it is given, such as AmortizedGuide(model, encoder)"
+                f"the guide draws site '{name}' for {frame.size} rows when it is given {rows}, so it has parameters "
+                "for each observation and can serve neither minibatches nor other data; use a guide that follows the "
+                "rows it is given, such as AmortizedGuide(model, encoder)"
             )
 
 

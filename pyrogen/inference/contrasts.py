@@ -5,6 +5,7 @@ critics' weights held (:func:`~pyrogen.inference.terms.frozen`), and what the cr
 gradients, so that the two never mix.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,12 +14,16 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor, nn
 
 from pyrogen.distributions.implicit import is_implicit
-from pyrogen.inference.adaptive import AdaptiveContrast, Covariance
+from pyrogen.inference.adaptive import AdaptiveContrast, Covariance, Reference
 from pyrogen.inference.draws import Draws, elements, from_elements
+from pyrogen.inference.matching import check_unmasked
 from pyrogen.inference.programs import is_real
 from pyrogen.inference.ratios import Ratio
 
 __all__ = ["Contrast", "CriticBuilder", "LatentContrast", "RatioBuilder", "SiteContrast", "VisibleContrast"]
+
+MOMENT_DRAWS = 32
+"""How many draws of a site at least give the moments of its adaptive contrast."""
 
 RatioBuilder = Callable[[nn.Module], Ratio]
 """What makes a ratio of a critic, such as :class:`~pyrogen.inference.Logistic`."""
@@ -30,13 +35,9 @@ CriticBuilder = Callable[[int | tuple[int, ...], int], nn.Module]
 class Contrast(nn.Module):
     """Base: what every contrast offers an objective."""
 
-    def loss(self, draws: Draws) -> Tensor:
-        """What its critics minimise, ``()``."""
-        raise NotImplementedError
-
-    def accuracy(self, draws: Draws) -> Tensor:
-        """The share of draws that its critic assigns to the right side; 0.5 is chance."""
-        raise NotImplementedError
+    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """What its critics minimise, and the share of draws that the first assigns to the right side, both ``()``."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its critics minimise")
 
 
 class SiteContrast(Contrast):
@@ -66,24 +67,27 @@ class SiteContrast(Contrast):
     ) -> None:
         super().__init__()
         self.name = name
-        self.adaptive = contrast == "adaptive"
         z, context = self._values(draws, draws.model[name]["value"]), self._context(draws, draws.context(name))
         parents = self._context(draws, draws.parents(name))
         shape, self.event_dim = tuple(z.shape[3:]), z.dim() - 3
+        self.moment_draws = MOMENT_DRAWS if covariance == "diagonal" else max(MOMENT_DRAWS, 2 * math.prod(shape))
 
         def build(given: Tensor | None) -> Ratio:
             return ratio(critic(shape, 0 if given is None else given.shape[-1]))
 
-        self.of_guide = self.of_model = self.of_both = self.of_prior = None
+        self.of_guide: AdaptiveContrast | None = None
+        self.of_model: AdaptiveContrast | None = None
+        self.of_both: Ratio | None = None
+        self.of_prior: Ratio | None = None
         guide, model = draws.guide[name]["fn"], draws.model[name]["fn"]
-        if not self.adaptive:
+        if contrast == "none":
             _check_order(draws, name)
             self.of_both = build(context)
         else:
             if is_implicit(guide):
                 self.of_guide = AdaptiveContrast(build(context), covariance)
             if is_implicit(model):
-                self.of_model = AdaptiveContrast(build(parents), covariance, pooled=3)
+                self.of_model = AdaptiveContrast(build(parents), covariance)
         if is_implicit(model):
             self.of_prior = build(parents)
 
@@ -95,10 +99,10 @@ class SiteContrast(Contrast):
             return from_elements(p, self.of_both.log_ratio(z, context))
         log_q = log_p = None
         if self.of_guide is not None:
-            log_q = self._on_site(draws, p, self.of_guide.log_density(z, context, self.event_dim))
+            log_q = self._on_site(draws, p, self.of_guide.log_density(z, context, self._reference_of_guide(draws)))
         if self.of_model is not None:
             parents = self._context(draws, draws.parents(self.name))
-            log_p = self._on_site(draws, p, self.of_model.log_density(z, parents, self.event_dim))
+            log_p = self._on_site(draws, p, self.of_model.log_density(z, parents, self._reference_of_model(draws)))
         log_q = q["fn"].log_prob(q["value"]) if log_q is None else log_q
         return log_q - (p["fn"].log_prob(p["value"]) if log_p is None else log_p)
 
@@ -115,35 +119,58 @@ class SiteContrast(Contrast):
         given = None if parents is None else parents.detach()
         return self_normalised(self.of_prior.log_ratio(self._values(draws, draw), given))
 
-    def loss(self, draws: Draws) -> Tensor:
-        p = draws.model[self.name]
-        z = self._values(draws, p["value"]).detach()
-        context, parents = self._given(draws)
-        other = self._values(draws, draws.detached[self.name]["fn"].sample()) if self._needs_prior_draws() else z
-        losses = []
-        if self.of_both is not None:
-            losses.append(self.of_both.loss(z, other, context))
-        if self.of_guide is not None:
-            losses.append(self.of_guide.loss(z, context, self.event_dim))
-        if self.of_model is not None:
-            losses.append(self.of_model.loss(other, parents, self.event_dim))
-        if self.of_prior is not None:
-            losses.append(self.of_prior.loss(z, other, parents))
-        return torch.stack(losses).sum()
-
-    def accuracy(self, draws: Draws) -> Tensor:
+    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
         z = self._values(draws, draws.model[self.name]["value"]).detach()
         context, parents = self._given(draws)
-        if self.of_guide is not None:
-            return self.of_guide.accuracy(z, context, self.event_dim)
-        other = self._values(draws, draws.detached[self.name]["fn"].sample())
+        both = []
         if self.of_both is not None:
-            return self.of_both.accuracy(z, other, context)
-        assert self.of_prior is not None
-        return self.of_prior.accuracy(z, other, parents)
+            both.append(self.of_both.loss_and_accuracy(z, self._prior_draws(draws), context))
+        if self.of_guide is not None:
+            both.append(self.of_guide.loss_and_accuracy(z, context, self._reference_of_guide(draws)))
+        if self.of_model is not None:
+            reference = self._reference_of_model(draws)
+            both.append(self.of_model.loss_and_accuracy(self._prior_draws(draws), parents, reference))
+        if self.of_prior is not None:
+            both.append(self.of_prior.loss_and_accuracy(z, self._prior_draws(draws), parents))
+        losses, accuracies = zip(*both, strict=True)
+        return torch.stack(losses).sum(), accuracies[0]
 
-    def _needs_prior_draws(self) -> bool:
-        return any(part is not None for part in (self.of_both, self.of_model, self.of_prior))
+    def _prior_draws(self, draws: Draws) -> Tensor:
+        """A draw of the model's side for each of the guide's, as a constant, ``(K, B, P, *event)``."""
+        return draws.once(
+            f"prior draws of {self.name}",
+            lambda: self._values(draws, draws.detached[self.name]["fn"].sample()),
+        )
+
+    def _reference_of_guide(self, draws: Draws) -> Reference:
+        """The normal that stands for q, of each observation.
+
+        Moments of few draws are noise that the critic has to undo, so there are more draws than particles. They are
+        taken over all particles also where these differ in sites drawn before: moments that depended on such a site
+        would not be constants along it.
+        """
+        assert self.of_guide is not None
+        covariance = self.of_guide.covariance
+
+        def reference() -> Reference:
+            own = self._values(draws, draws.model[self.name]["value"]).detach()
+            more = math.ceil(self.moment_draws / draws.particles) - 1
+            with torch.no_grad():
+                fresh = draws.guide[self.name]["fn"].sample((more,)) if more > 0 else ()
+                pool = torch.cat([own, *(self._values(draws, value) for value in fresh)])
+            return Reference.of(pool, self.event_dim, covariance)
+
+        return draws.once(f"reference of {self.name} in the guide", reference)
+
+    def _reference_of_model(self, draws: Draws) -> Reference:
+        """The normal that stands for an implicit p, of all its draws together."""
+        assert self.of_model is not None
+        covariance = self.of_model.covariance
+
+        def reference() -> Reference:
+            return Reference.of(self._prior_draws(draws).flatten(0, 1), self.event_dim, covariance)
+
+        return draws.once(f"reference of {self.name} in the model", reference)
 
     def _given(self, draws: Draws) -> tuple[Tensor | None, Tensor | None]:
         context, parents = draws.context(self.name), draws.parents(self.name)
@@ -191,6 +218,8 @@ class LatentContrast(Contrast):
 
     def __init__(self, draws: Draws, ratio: RatioBuilder, critic: CriticBuilder) -> None:
         super().__init__()
+        for name in draws.local:
+            check_unmasked(name, draws.model[name])
         self.ratio = ratio(critic(draws.latents(draws.model, draws.local).shape[-1], 0))
 
     def estimate(self, draws: Draws) -> Tensor:
@@ -202,20 +231,19 @@ class LatentContrast(Contrast):
         if any(is_implicit(draws.model[name]["fn"]) for name in draws.local):
             z = draws.latents(draws.prior, draws.local)
             return self_normalised(self.ratio.log_ratio(z)) if z.requires_grad else 0.0
-        if len(draws.local) == 1 and not draws.model[draws.local[0]]["fn"].log_prob(
-            draws.model[draws.local[0]]["value"].detach()
-        ).requires_grad:
+        if (
+            len(draws.local) == 1
+            and not draws.model[draws.local[0]]["fn"]
+            .log_prob(draws.model[draws.local[0]]["value"].detach())
+            .requires_grad
+        ):
             return 0.0
         nodes = [draws.detached[name] for name in draws.local]
         return -sum(surplus(node["fn"].log_prob(node["value"])) for node in nodes)
 
-    def loss(self, draws: Draws) -> Tensor:
+    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
         z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior))
-        return self.ratio.loss(z, prior)
-
-    def accuracy(self, draws: Draws) -> Tensor:
-        z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior))
-        return self.ratio.accuracy(z, prior)
+        return self.ratio.loss_and_accuracy(z, prior)
 
 
 class VisibleContrast(Contrast):
@@ -232,13 +260,11 @@ class VisibleContrast(Contrast):
         self.samples = samples
         self.ratio = ratio(critic(tuple(draws.data().shape[1:]), 0))
 
-    def loss(self, draws: Draws) -> Tensor:
-        data, fakes = draws.data().detach(), self._fakes(draws)
-        return torch.stack([self.ratio.loss(data, fake) for fake in fakes]).mean()
-
-    def accuracy(self, draws: Draws) -> Tensor:
-        data, fakes = draws.data().detach(), self._fakes(draws)
-        return torch.stack([self.ratio.accuracy(data, fake) for fake in fakes]).mean()
+    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        data = draws.data().detach()
+        both = [self.ratio.loss_and_accuracy(data, fake) for fake in self._fakes(draws)]
+        loss, accuracy = (torch.stack(values).mean() for values in zip(*both, strict=True))
+        return loss, accuracy
 
     def _fakes(self, draws: Draws) -> list[Tensor]:
         fakes = []

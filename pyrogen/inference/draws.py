@@ -33,6 +33,7 @@ class Draws:
         self.rows = repeat(batch, particles)
         self.with_guide = guide is not None
         self.gradients = torch.is_grad_enabled()  # what is run later has gradients where this has
+        self._known: dict[str, Any] = {}
         if guide is not None:
             self.traces: Traces = trace_programs(model, guide, batch, particles)
 
@@ -97,6 +98,12 @@ class Draws:
             seen = torch.cat([x.flatten(1).to(self.rows[0].dtype) for x in self.rows], -1)
         earlier = [other for other in _before(self.guide, name) if other in self.sites]
         return torch.cat([seen, self.latents(self.model, earlier)], -1) if earlier else seen
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What is computed when first asked for, and is the same for program and critics."""
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def parents(self, name: str) -> Tensor | None:
         """The latent sites that the model draws before a site, ``(K * B, C)``; None if there are none."""

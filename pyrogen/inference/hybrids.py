@@ -13,14 +13,16 @@ critics see draws without gradients, programs see critics with their weights hel
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any, ClassVar, Literal
 
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
 from pyrogen.inference.contrasts import (
     Contrast,
@@ -30,7 +32,6 @@ from pyrogen.inference.contrasts import (
     SiteContrast,
     VisibleContrast,
 )
-from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.guides import AmortizedGuide, stand_in_batch
 from pyrogen.inference.objectives import Estimate, Objective, ObjectiveModule
@@ -41,6 +42,9 @@ from pyrogen.inference.watch import PREFIX
 from pyrogen.networks.critics import Critic
 
 __all__ = ["AAE", "AVB", "VGH", "AlphaGAN", "CriticObjective", "Hybrid", "VGHPlusPlus"]
+
+SMOOTH: RatioBuilder = partial(Logistic, r1=1.0)
+"""The default for visible critics: without the penalty on its slope one soon tells all apart."""
 
 _NUMBER = count()
 
@@ -99,6 +103,15 @@ class CriticObjective(Objective):
             self.of_program(draws)  # so that what this can't serve is found before training
         self.prepared = True
 
+    def check_guide(self, guide: Callable | None) -> None:
+        """Raise a ``ValueError`` for a guide too many or one too few."""
+        super().check_guide(guide)
+        if guide is None and self.uses_guide:
+            raise ValueError(
+                f"{type(self).__name__} teaches a guide beside the model, and there is no guide for them; pass one, "
+                "such as AmortizedGuide(model, encoder), or train the model alone with GAN()"
+            )
+
     def contrasts(self, draws: Draws) -> dict[str, Contrast]:
         """The critics that these programs need, by name."""
         raise NotImplementedError(f"{type(self).__name__} must say what its critics contrast")
@@ -112,9 +125,9 @@ class CriticObjective(Objective):
         contrasts: Any = self.critics.items()
         if not contrasts:
             return torch.zeros((), device=draws.rows[0].device), {}
-        total = torch.stack([contrast.loss(draws) for _, contrast in contrasts]).sum()
-        with torch.no_grad():
-            accuracies = {f"{PREFIX}{name}": contrast.accuracy(draws) for name, contrast in contrasts}
+        found = {name: contrast.loss_and_accuracy(draws) for name, contrast in contrasts}
+        total = torch.stack([loss for loss, _ in found.values()]).sum()
+        accuracies = {f"{PREFIX}{name}": accuracy for name, (_, accuracy) in found.items()}
         return total, {"critic_loss": total.detach()} | accuracies
 
     def estimate(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Estimate:
@@ -144,7 +157,7 @@ class CriticObjective(Objective):
 def _check_contrast(name: str, contrast: Any, draws: Draws) -> None:
     """Run a contrast once, so that a critic of a wrong shape is found before training."""
     try:
-        loss = contrast.loss(draws)
+        loss, _ = contrast.loss_and_accuracy(draws)
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f"the critic of '{name}' does not fit what it looks at ({error}); it is called as critic(z, context) and "
@@ -161,7 +174,8 @@ class Hybrid(CriticObjective):
         particles: Number K of draws for each observation.
         log_likelihood: Weight of −log p(x|z), in nats.
         reconstruction: Weight of the ℓ1 distance of data and reconstruction, summed over an observation's values.
-        latent: Weight of the latent term, in nats.
+        latent: Weight of the latent term, in nats: a number, or a schedule from the number of the step to one, such as
+            :class:`~pyrogen.inference.LinearSchedule`.
         visible_reconstructions: Weight of the critic's verdict on reconstructions.
         visible_samples: Weight of its verdict on samples.
         match: ``"conditional"``: the latent term is E KL(q(z|x) ‖ p(z)), site by site; sites with densities on both
@@ -173,7 +187,8 @@ class Hybrid(CriticObjective):
         through_guide: Whether the verdict on reconstructions also teaches the guide.
         ratio: What makes a ratio of a critic, for latent terms.
         visible_ratio: The same for the visible one. Where it gives a log-ratio its verdict is log p_model/p_data, in
-            nats; otherwise its own loss for a generator.
+            nats; otherwise its own loss for a generator. By default a logistic one with a penalty on its slope at the
+            data (Mescheder, Geiger & Nowozin 2018, 1801.04406).
         critic: What makes a critic, called as ``critic(event_shape, context)``.
         observations: See :class:`~pyrogen.inference.Objective`.
 
@@ -187,7 +202,7 @@ class Hybrid(CriticObjective):
         *,
         log_likelihood: float = 1.0,
         reconstruction: float = 0.0,
-        latent: float = 1.0,
+        latent: float | Callable[[int], float] = 1.0,
         visible_reconstructions: float = 0.0,
         visible_samples: float = 0.0,
         match: Literal["conditional", "marginal"] = "conditional",
@@ -195,7 +210,7 @@ class Hybrid(CriticObjective):
         covariance: Covariance = "diagonal",
         through_guide: bool = True,
         ratio: RatioBuilder = Logistic,
-        visible_ratio: RatioBuilder = Logistic,
+        visible_ratio: RatioBuilder = SMOOTH,
         critic: CriticBuilder = Critic,
         observations: int | None = None,
     ) -> None:
@@ -260,8 +275,10 @@ class Hybrid(CriticObjective):
             loss = loss + self.reconstruction * metrics["reconstruction"]
         if self.latent:
             ratio, teaching = self._latent_term(draws, terms)
-            metrics["rate" if self.exact else "rate_estimate"] = ratio.mean()
-            loss = loss + self.latent * (ratio.mean() + teaching)
+            what = "marginal_kl_estimate" if "latent" in self.critics else "rate_estimate"
+            metrics["rate" if self.exact else what] = ratio.mean()
+            weight = self.latent(self.step) if callable(self.latent) else self.latent
+            loss = loss + weight * (ratio.mean() + teaching)
         if self.visible_reconstructions:
             shown = draws.reconstructions if self.through_guide else draws.visible(draws.detached)
             metrics["verdict_reconstructions"] = self._verdict(shown)
@@ -289,8 +306,8 @@ class Hybrid(CriticObjective):
 
     def _latent_term(self, draws: Draws, terms: Terms) -> tuple[Tensor, Tensor | float]:
         """log q/p for each draw, ``(K, B)``, and what teaches the model's side."""
-        latent: Any = self.critics["latent"] if "latent" in self.critics else None
-        if latent is not None:
+        if "latent" in self.critics:
+            latent: Any = self.critics["latent"]
             return latent.estimate(draws), latent.prior_term(draws)
         sites = [part for part in self.critics.values() if isinstance(part, SiteContrast)]
         return terms.ratio, sum((site.prior_term(draws) for site in sites), start=0.0)
@@ -304,6 +321,10 @@ class Hybrid(CriticObjective):
         self.prepare(model, guide, *batch)
         draws = Draws(model, guide, batch, self.particles)
         terms = self._compared(draws)
+        if not terms.log_likelihoods:
+            raise NoDensityError(
+                f"the observed sites {draws.visible_names()} are implicit, so there is no bound on them"
+            )
         ratio, _ = self._latent_term(draws, terms)
         return (terms.log_likelihood - ratio).mean(0) - terms.global_rate
 
@@ -317,7 +338,8 @@ class Hybrid(CriticObjective):
 class AVB(Hybrid):
     r"""Adversarial variational Bayes: the evidence lower bound for guides and priors that can only be sampled.
 
-    .. math:: \mathcal{L} = -\operatorname{E} \log p(x \mid z) + \beta \operatorname{E}_{q(z|x)} \log \frac{q(z|x)}{p(z)}
+    .. math:: \mathcal{L} = -\operatorname{E} \log p(x \mid z)
+        + \beta \operatorname{E}_{q(z|x)} \log \frac{q(z|x)}{p(z)}
 
     with a critic for the density of each implicit side of each latent site. Explicit sites beside them have their
     divergence in closed form or by Monte Carlo. Mescheder, Nowozin & Geiger 2017, 1701.04722; their settings, Adam
@@ -326,13 +348,14 @@ class AVB(Hybrid):
     Args:
         particles: Number K of draws for each observation; adaptive contrast needs at least 2.
         contrast, covariance, ratio, critic, observations: See :class:`Hybrid`.
-        beta: Weight of the latent term.
+        beta: Weight of the latent term, a number or a schedule. One that falls to 1 from above lets a guide find
+            several modes before the likelihood parts them.
 
     Example:
         >>> from pyrogen.data import LinearGaussian
         >>> from pyrogen.distributions import Implicit
         >>> toy = LinearGaussian()
-        >>> guide = AmortizedGuide(toy.model, nn.Linear(4, 8), Implicit)
+        >>> guide = AmortizedGuide(toy.model, torch.nn.Linear(4, 8), Implicit)
         >>> AVB()(toy.model, guide)(toy.x[:16]).shape
         torch.Size([])
     """
@@ -343,7 +366,7 @@ class AVB(Hybrid):
         *,
         contrast: Literal["adaptive", "none"] = "adaptive",
         covariance: Covariance = "diagonal",
-        beta: float = 1.0,
+        beta: float | Callable[[int], float] = 1.0,
         ratio: RatioBuilder = Logistic,
         critic: CriticBuilder = Critic,
         observations: int | None = None,
@@ -409,7 +432,7 @@ class AlphaGAN(Hybrid):
         *,
         reconstruction: float = 1.0,
         ratio: RatioBuilder = Logistic,
-        visible_ratio: RatioBuilder = Logistic,
+        visible_ratio: RatioBuilder = SMOOTH,
         critic: CriticBuilder = Critic,
         observations: int | None = None,
     ) -> None:
@@ -444,7 +467,7 @@ class VGH(Hybrid):
         self,
         *,
         ratio: RatioBuilder = Logistic,
-        visible_ratio: RatioBuilder = Logistic,
+        visible_ratio: RatioBuilder = SMOOTH,
         critic: CriticBuilder = Critic,
         observations: int | None = None,
     ) -> None:
@@ -474,7 +497,7 @@ class VGHPlusPlus(Hybrid):
         *,
         reconstruction: float = 1.0,
         ratio: RatioBuilder = Logistic,
-        visible_ratio: RatioBuilder = Logistic,
+        visible_ratio: RatioBuilder = SMOOTH,
         critic: CriticBuilder = Critic,
         observations: int | None = None,
     ) -> None:

@@ -299,7 +299,12 @@ class Training:
         parts = {name: settings[name] for name in ("model", "guide", "objective")}
         options = {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE}
         source = {name: value for name, value in (self.run.data or {}).items() if name not in ("name", "root")}
-        data = {"rows": len(self.batches), "fingerprint": self.fingerprint, "example": self.run.example, "source": source}
+        data = {
+            "rows": len(self.batches),
+            "fingerprint": self.fingerprint,
+            "example": self.run.example,
+            "source": source,
+        }
         return json.loads(json.dumps({"options": options, "data": data} | parts))
 
     def read_checkpoint(self, path: Path) -> None:

@@ -19,20 +19,19 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError
-from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import elements
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
 from pyrogen.inference.objectives import Estimate, Objective
 from pyrogen.inference.programs import data_frame, evaluation_mode, observed_sites, per_row, sample_sites
 from pyrogen.inference.terms import Terms, Traces, compare_sites, has_no_density, trace_programs, without_density
 
-__all__ = ["WAE", "BetaTCVAE", "InfoVAE"]
+__all__ = ["WAE", "InfoVAE", "Matching", "Parts", "by_value", "check_unmasked", "check_weights"]
 
 Parts = dict[str, tuple[float, Tensor]]
 """The figures of which a loss is made, by name: the weight and the mean over the batch."""
 
 
-class _Matching(Objective):
+class Matching(Objective):
     """An objective that is a weighted sum; a sibling says of what. Its bound is the plain ELBO."""
 
     def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
@@ -71,7 +70,7 @@ class _Matching(Objective):
         return Estimate(loss, metrics, terms)
 
 
-class WAE(_Matching):
+class WAE(Matching):
     r"""The Wasserstein auto-encoder, with the maximum mean discrepancy in latent space.
 
     .. math:: \mathcal{L} = \mathbb{E}_{q(z|x)} \, c(x, G(z))
@@ -117,7 +116,7 @@ class WAE(_Matching):
         observations: int | None = None,
     ) -> None:
         super().__init__(particles, observations=observations)
-        _check_weights(weight=weight)
+        check_weights(weight=weight)
         if cost not in (None, "squared error", "absolute error"):
             raise ValueError(f"cost is None, 'squared error' or 'absolute error', got {cost!r}")
         self.weight = weight
@@ -157,7 +156,7 @@ class WAE(_Matching):
         return parts | {"mmd": (self.weight, _discrepancy(model, traces, self.kernel))}
 
 
-class InfoVAE(_Matching):
+class InfoVAE(Matching):
     r"""The information maximising variational auto-encoder, with the maximum mean discrepancy.
 
     .. math:: \mathcal{L} = -\mathbb{E}_{q(z|x)} \log p(x \mid z) + (1 - \alpha) \operatorname{KL}(q(z \mid x) \| p(z))
@@ -210,94 +209,8 @@ class InfoVAE(_Matching):
         }
 
 
-class BetaTCVAE(_Matching):
-    r"""The ELBO with its rate taken apart, and the total correlation of the aggregate posterior weighted by β.
-
-    .. math:: \mathcal{L} = -\mathbb{E}_{q(z|x)} \log p(x \mid z) + \alpha I_q(x; z)
-              + \beta \operatorname{KL}\Big(q(z) \Big\| \prod_j q(z_j)\Big)
-              + \gamma \sum_j \operatorname{KL}(q(z_j) \| p(z_j))
-
-    Chen et al. 2018, *Isolating sources of disentanglement in VAEs*, 1802.04942. With B rows of a data set of N, the
-    aggregate posterior is estimated by minibatch-weighted sampling,
-
-    .. math:: \log q(z) \approx \log \frac{1}{N B} \sum_{j=1}^{B} q(z \mid x_j),
-
-    and each log q(z_j) alike, or stratified, see ``weighting``. The former are low by between log B, where every
-    observation has a region of its own, and log N, where all share one: mutual information and total correlation come
-    out that much and D − 1 times that much too high, the last term D times too low. To read the figures and not only
-    train on them, choose ``"stratified"``. Whatever the weighting the three add up to the rate; they are estimates, and
-    any may be negative. Validation reports the plain ELBO.
-
-    It needs one per-observation latent site whose values are independent under the prior, and under the guide given x:
-    :class:`~pyrogen.distributions.Normal` is, a flow or a full covariance is not.
-
-    Args:
-        beta: β; the authors' experiments have 6 on dSprites.
-        alpha: α, weight of the mutual information.
-        gamma: γ, weight of the divergences of single dimensions.
-        weighting: ``"minibatch"``, or ``"stratified"``: an observation's own posterior gets the weight 1/N and the
-            others share what is left, which makes :math:`\hat q(z)` unbiased, and exact when the batch is the whole
-            data set (the authors' stratified sampling, with the remainder spread evenly).
-        particles: Number K of draws for each observation; memory grows with (K B)².
-        observations: N, as in :class:`Objective`; ``fit`` sets it. Where it is not known the batch counts as all there
-            is. With ``"minibatch"`` that shifts the loss by a constant and leaves gradients as they are.
-
-    Raises:
-        ValueError: For a negative weight or an unknown weighting; at the first step if the sites are not as above.
-
-    Example:
-        >>> BetaTCVAE(beta=4.0).weighting
-        'minibatch'
-    """
-
-    def __init__(
-        self,
-        beta: float = 6.0,
-        *,
-        alpha: float = 1.0,
-        gamma: float = 1.0,
-        weighting: Literal["minibatch", "stratified"] = "minibatch",
-        particles: int = 1,
-        observations: int | None = None,
-    ) -> None:
-        super().__init__(particles, observations=observations)
-        _check_weights(beta=beta, alpha=alpha, gamma=gamma)
-        if weighting not in ("minibatch", "stratified"):
-            raise ValueError(f"weighting is 'minibatch' or 'stratified', got {weighting!r}")
-        self.beta = beta
-        self.alpha = alpha
-        self.gamma = gamma
-        self.weighting = weighting
-
-    def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
-        name = _only_site(traces)
-        q, p = sample_sites(traces.guide)[name], sample_sites(traces.model)[name]
-        _check_independent(name, q, "guide")
-        _check_independent(name, p, "model")
-        log_q = _under_each_other(q)  # (K B, K B, D)
-        own = log_q.diagonal(dim1=0, dim2=1).sum(0)
-        weights = self._log_weights(traces, terms.observations, log_q)
-        joint = torch.logsumexp(weights + log_q.sum(-1), 1)
-        marginals = torch.logsumexp(weights.unsqueeze(-1) + log_q, 1).sum(-1)
-        log_prior = per_row(p, p["fn"].log_prob(p["value"]))
-        return {
-            "distortion": (1.0, -terms.log_likelihood.mean()),
-            "rate": (0.0, terms.ratio.mean()),
-            "mutual_information": (self.alpha, (own - joint).mean()),
-            "total_correlation": (self.beta, (joint - marginals).mean()),
-            "dimension_wise_kl": (self.gamma, (marginals - log_prior).mean()),
-        }
-
-    def _log_weights(self, traces: Traces, total: int, like: Tensor) -> Tensor:
-        """Logarithms of the weights of q(· | x_j) in the mixture at the draws z_i, ``(K B, K B)``."""
-        copies, rows = traces.particles, len(traces.rows[0]) // traces.particles
-        weights = like.new_full((rows, rows), 1 / (total * rows))
-        if self.weighting == "stratified":
-            weights.fill_((total - 1) / (total * max(rows - 1, 1))).fill_diagonal_(1 / total)
-        return (weights / copies).log().repeat(copies, copies)
-
-
-def _check_weights(**weights: float) -> None:
+def check_weights(**weights: float) -> None:
+    """Raise a ``ValueError`` for a negative weight, by its name."""
     for name, value in weights.items():
         if value < 0:
             raise ValueError(f"{name} cannot be negative, got {value}")
@@ -361,12 +274,17 @@ def _discrepancy(model: Callable, traces: Traces, kernel: Kernel) -> Tensor:
 def _side_by_side(nodes: dict[str, dict[str, Any]], copies: int) -> Tensor:
     """The values of sites, ``(K, B, D)``."""
     for name, node in nodes.items():
-        if node["mask"] is not None or isinstance(_by_value(node["fn"]), dist.MaskedDistribution):
-            raise ValueError(
-                f"the latent site '{name}' is masked, so its draws are not all draws of the posterior and can't be "
-                "compared with the prior's; train this model with ELBO()"
-            )
+        check_unmasked(name, node)
     return torch.cat([elements(node, node["value"], copies).flatten(2) for node in nodes.values()], -1)
+
+
+def check_unmasked(name: str, node: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` at a latent site some of whose draws are idle."""
+    if node["mask"] is not None or isinstance(by_value(node["fn"]), dist.MaskedDistribution):
+        raise ValueError(
+            f"the latent site '{name}' is masked, so its draws are not all draws of the posterior and can't be "
+            "compared with the prior's; train this model with ELBO()"
+        )
 
 
 class _AllDrawn(Exception):
@@ -411,43 +329,8 @@ def _prior_draws(model: Callable, traces: Traces, sites: dict[str, dict[str, Any
     )
 
 
-def _only_site(traces: Traces) -> str:
-    drawn = {name: node for name, node in sample_sites(traces.guide).items() if not node["is_observed"]}
-    modelled = sample_sites(traces.model)
-    names = [name for name, node in drawn.items() if data_frame(modelled.get(name, node)) is not None]
-    if len(names) != 1:
-        raise ValueError(
-            "BetaTCVAE needs one per-observation latent site, for q(z | x) must be known at other observations' draws; "
-            f"the guide has {names or 'none'}. Join them in one site, or train with InfoVAE(), which serves several"
-        )
-    return names[0]
-
-
-def _check_independent(name: str, node: dict[str, Any], program: str) -> None:
-    fn = _by_value(node["fn"])
-    if fn.event_shape or is_point_mass(fn) or node["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
-        raise ValueError(
-            f"BetaTCVAE needs densities of each value of a latent site on its own, but the {program}'s distribution at "
-            f"site '{name}', a {type(node['fn']).__name__}, gives none; use distributions with independent values, "
-            "such as Normal in the guide and StandardNormal in the model, or train with InfoVAE()"
-        )
-
-
-def _by_value(fn: Any) -> Any:
+def by_value(fn: Any) -> Any:
     """A distribution without the declaration that its independent values are one event."""
     while isinstance(fn, dist.Independent):
         fn = fn.base_dist
     return fn
-
-
-def _under_each_other(node: dict[str, Any]) -> Tensor:
-    """log q(z_{i,d} | x_j) of all rows i and j and every value d of the site, ``(rows, rows, D)``."""
-    value, frame = node["value"], data_frame(node)
-    assert frame is not None and frame.dim is not None
-    axis = frame.dim - node["fn"].event_dim
-    value = value.to(
-        torch.promote_types(value.dtype, torch.float32)
-    )  # half precision has no room for sums of densities
-    # Draws first and a single row in place of the plate: against the distribution that is all draws by all rows.
-    log_q = _by_value(node["fn"]).log_prob(value.movedim(axis, 0).unsqueeze(axis))
-    return log_q.movedim(axis, 1).reshape(len(log_q), len(log_q), -1)

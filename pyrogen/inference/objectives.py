@@ -190,7 +190,8 @@ class ELBO(Objective):
             divergence of each latent dimension, or of a whole site where its dimensions are not independent (Kingma
             et al. 2016, 1606.04934).
         sticking_the_landing: Evaluate log q with its parameters detached: gradients without the score term, whose
-            variance vanishes at the exact posterior (Roeder et al. 2017, 1703.09194). Rates are then Monte Carlo.
+            variance vanishes at the exact posterior (Roeder et al. 2017, 1703.09194). Rates are then Monte Carlo. Not
+            for guides with :class:`~pyrogen.distributions.SemiImplicit`.
         observations: See :class:`Objective`.
 
     Example:
@@ -265,7 +266,8 @@ class IWAE(Objective):
         particles: Number K of samples for each observation.
         gradient: ``"standard"``, or ``"doubly reparameterised"``: the guide's gradient becomes
             :math:`\sum_k \tilde w_k^2 \, \partial \log w_k / \partial z_k \cdot \partial z_k / \partial \phi`, unbiased
-            too, whose signal does not vanish as K grows (Tucker et al. 2019, 1810.04152).
+            too, whose signal does not vanish as K grows (Tucker et al. 2019, 1810.04152). Not for guides with
+            :class:`~pyrogen.distributions.SemiImplicit`.
         observations: See :class:`Objective`.
     """
 
@@ -285,7 +287,7 @@ class IWAE(Objective):
         return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
 
     def terms(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Terms:
-        if self.gradient == "standard" or not torch.is_grad_enabled():
+        if self.gradient == "standard":
             return super().terms(model, guide, *batch)
         draws = _WeightedDraws()
         terms = run_programs(

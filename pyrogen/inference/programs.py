@@ -100,7 +100,7 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
             if plate.name != "data" and plate.full_size not in (None, plate.size):
                 raise ValueError(
                     f"latent site '{name}' stands in the plate '{plate.name}', which subsamples {plate.size} of "
-                    f"{plate.full_size} elements; only the plate \"data\" may subsample, since a guide can't tell which "
+                    f'{plate.full_size} elements; only the plate "data" may subsample, since a guide can\'t tell which '
                     "elements were drawn"
                 )
         sites[name] = Site(name, tuple(node["fn"].event_shape), support, plates)

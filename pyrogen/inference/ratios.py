@@ -106,6 +106,12 @@ class Ratio(nn.Module):
 
     def loss(self, numerator: Tensor, denominator: Tensor, context: Context = None) -> Tensor:
         """What the critic minimises, a scalar. Only the critic gets a gradient: samples and context are detached."""
+        return self.loss_and_accuracy(numerator, denominator, context)[0]
+
+    def loss_and_accuracy(
+        self, numerator: Tensor, denominator: Tensor, context: Context = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`loss` and :meth:`accuracy` from one pass of the critic."""
         u, v, context_u, context_v = detached_sides(numerator, denominator, context)
         penalty: Tensor | float = 0.0
         if self.r1:
@@ -113,9 +119,10 @@ class Ratio(nn.Module):
             penalty = 0.5 * self.r1 * slope.mean()
         else:
             t1 = self(u, context_u)
-        loss = self._critic_loss(t1, self(v, context_v)) + penalty
+        t0 = self(v, context_v)
+        loss = self._critic_loss(t1, t0) + penalty
         loss = loss + self._penalty(u, v, context_u, context_v, t1.dim())
-        return loss if torch.is_grad_enabled() else loss.detach()
+        return loss if torch.is_grad_enabled() else loss.detach(), self._accuracy(t1, t0)
 
     def generator_loss(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """What a program minimises over its samples z of the denominator, to look like the numerator; a scalar.
@@ -127,14 +134,17 @@ class Ratio(nn.Module):
     @torch.no_grad()
     def accuracy(self, numerator: Tensor, denominator: Tensor, context: Context = None) -> Tensor:
         """The share of samples that the critic puts on their own side, each side counting one half; chance is 0.5."""
-        t1, t0 = self._outputs(numerator, denominator, context)
-        border = self._border(t1, t0)
-        return 0.5 * ((t1 > border).to(t1.dtype).mean() + (t0 <= border).to(t0.dtype).mean())
+        return self._accuracy(*self._outputs(numerator, denominator, context))
 
     @torch.no_grad()
     def divergence(self, numerator: Tensor, denominator: Tensor, context: Context = None) -> Tensor:
         """The estimate of the divergence that this kind stands for, a scalar; in nats where it is KL or JS."""
         return self._divergence(*self._outputs(numerator, denominator, context))
+
+    @torch.no_grad()
+    def _accuracy(self, t1: Tensor, t0: Tensor) -> Tensor:
+        border = self._border(t1, t0)
+        return 0.5 * ((t1 > border).to(t1.dtype).mean() + (t0 <= border).to(t0.dtype).mean())
 
     def _outputs(self, numerator: Tensor, denominator: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         u, v, context_u, context_v = detached_sides(numerator, denominator, context)

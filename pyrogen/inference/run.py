@@ -150,7 +150,7 @@ class Run:
 
     @property
     def programs(self) -> nn.ModuleDict:
-        """Model and guide in one module, under the names ``model`` and ``guide``, and ``critics`` where there are any."""
+        """``model``, ``guide`` and ``critics`` in one module, as far as there are any."""
         parts: dict[str, nn.Module] = {"model": self.model}
         if self.guide is not None:
             parts["guide"] = self.guide

@@ -85,8 +85,10 @@ class Telescoping(Logistic):
             )
         return at_least_single(scores)
 
-    def loss(self, numerator: Tensor, denominator: Tensor, context: Context = None) -> Tensor:
-        """The mean of the bridges' logistic losses, a scalar; only the critic gets a gradient."""
+    def loss_and_accuracy(
+        self, numerator: Tensor, denominator: Tensor, context: Context = None
+    ) -> tuple[Tensor, Tensor]:
+        """The mean of the bridges' logistic losses, a scalar, and how often their sum tells the ends apart."""
         need_pairs(numerator, denominator)
         u, v, context_u, context_v = detached_sides(numerator, denominator, context)
         path, contexts = self._path(u, v), None
@@ -99,7 +101,8 @@ class Telescoping(Logistic):
         if self.r1:
             _, slope = self._slope(u, context_u, joint=context_u is not context_v)
             loss = loss + 0.5 * self.r1 * slope.mean()
-        return loss if torch.is_grad_enabled() else loss.detach()
+        accuracy = self._accuracy(t[0].sum(-1), t[-1].sum(-1))
+        return loss if torch.is_grad_enabled() else loss.detach(), accuracy
 
     def _path(self, u: Tensor, v: Tensor) -> Tensor:
         """The M + 1 waymarks from u to v, ``(M + 1, *u.shape)``, the ends being u and v themselves."""

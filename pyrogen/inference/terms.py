@@ -13,6 +13,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
+from pyrogen.distributions.semi_implicit import has_stochastic_density
 from pyrogen.inference.divergences import closed_form_kl
 from pyrogen.inference.programs import (
     Copies,
@@ -25,7 +26,16 @@ from pyrogen.inference.programs import (
     unregistered,
 )
 
-__all__ = ["Terms", "Traces", "compare_sites", "frozen", "has_no_density", "run_programs", "trace_programs", "without_density"]
+__all__ = [
+    "Terms",
+    "Traces",
+    "compare_sites",
+    "frozen",
+    "has_no_density",
+    "run_programs",
+    "trace_programs",
+    "without_density",
+]
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,13 @@ def run_programs(
         particles: Number K of copies of each row.
         observations: How many observations the whole data set has; by default what the ``"data"`` plate says.
         closed_form: Use closed-form divergences where they exist and are valid.
-        frozen_guide: Evaluate log q with the guide's parameters detached.
+        frozen_guide: Evaluate log q with the guide's parameters detached, in a second run of the guide; where there
+            are no gradients nothing needs to be.
         through: What the guide's draws pass through before model and log q see them.
 
     Raises:
         ValueError: If the guide's sites are not the model's latent ones, or one has no reparameterised sample; if a
-            site has no density.
+            site has no density, or one of a frozen guide an estimated density.
     """
     traces = trace_programs(model, guide, batch, particles, frozen_guide=frozen_guide, through=through)
     return compare_sites(traces, observations=observations, closed_form=closed_form)
@@ -146,6 +157,8 @@ def trace_programs(
     with Copies(particles) as copies:
         guide_trace = poutine.trace(guide).get_trace(*rows)
         if frozen_guide:
+            _check_densities_repeat(guide_trace)
+        if frozen_guide and torch.is_grad_enabled():
             with copies.again():
                 guide_trace = _frozen_replay(guide, guide_trace, rows, through)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*rows)
@@ -215,8 +228,8 @@ def without_density(name: str) -> str:
     """What to say of a site without a density where one is needed."""
     return (
         f"site '{name}' has no density: its distribution is implicit and can only be sampled. Train with an objective "
-        "that estimates the ratio (AVB, AAE, VGH, VGHPlusPlus, AlphaGAN, WAE; GAN for a model without a guide), or use "
-        "an explicit family such as Normal or Flow"
+        "that estimates the ratio (AVB, AAE, WAE, VGH, VGHPlusPlus, AlphaGAN, VAEGAN, ALI; GAN for a model without a "
+        "guide), or use an explicit family such as Normal or Flow"
     )
 
 
@@ -258,6 +271,20 @@ def _check_latents(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> No
                     f"the guide's distribution at site '{name}', a {type(node['fn']).__name__}, has no reparameterised "
                     "sample, so it gets no gradient; use a continuous family with rsample"
                 )
+
+
+def _check_densities_repeat(guide_trace: poutine.Trace) -> None:
+    """Raise a ``ValueError`` where a second run of the guide can't give its draws the densities of the first."""
+    for name, node in sample_sites(guide_trace).items():
+        # Held at fixed noise, the gradient would be as right as elsewhere: given all the noise a draw comes from the
+        # very mixture that scores it. But the second run has noise of its own, so its estimate bounds nothing.
+        if not node["is_observed"] and has_stochastic_density(node["fn"]):
+            raise ValueError(
+                f"the guide's density at site '{name}' is an estimate that needs the noise of the draw (SemiImplicit); "
+                "gradients with the guide's parameters held fixed (sticking_the_landing=True, "
+                "gradient='doubly reparameterised') score the draw in a second run, which does not know that noise. "
+                "Use ELBO() or IWAE(gradient='standard')"
+            )
 
 
 def _frozen_replay(

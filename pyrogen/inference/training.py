@@ -51,7 +51,7 @@ def fit(
     checkpoint_every: int = 1,
     resume: bool = False,
     overwrite: bool = False,
-    critic: CriticOptions = CriticOptions(),
+    critic: CriticOptions | None = None,
     average: float | None = None,
 ) -> Run:
     """Train a model with its guide.
@@ -121,7 +121,7 @@ def fit(
         validate_every=validate_every,
         patience=patience,
         checkpoint_every=checkpoint_every,
-        critic=critic,
+        critic=critic or CriticOptions(),
         average=average,
     )
     if not isinstance(objective, Objective):

@@ -51,6 +51,6 @@ def _message(critic: str, state: str, accuracy: float, steps: int) -> str:
             "(ratio=partial(Logistic, r1=1.0)), spectral normalisation, or Telescoping"
         )
     return (
-        f"{what}: either both sides have come to match, or it has stopped learning. A held-out ratio tells which; if it "
-        "is not small, try more steps of the critic, a higher learning rate for it, or a wider one"
+        f"{what}: either both sides have come to match, or it has stopped learning. A held-out ratio tells which; if "
+        "it is not small, try more steps of the critic, a higher learning rate for it, or a wider one"
     )

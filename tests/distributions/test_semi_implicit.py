@@ -1,6 +1,7 @@
 """Semi-implicit distributions against mixtures known in closed form, and their bounds against exact evidence."""
 
 import copy
+import itertools
 import math
 from functools import partial
 
@@ -13,10 +14,11 @@ from pyro.distributions.transforms import biject_to
 from torch import nn
 from torch.distributions import constraints
 
+import pyrogen as pg
 from pyrogen.configuration import build, describe
 from pyrogen.distributions import Delta, Implicit, MultivariateNormal, Normal, SemiImplicit
 from pyrogen.distributions.semi_implicit import has_stochastic_density
-from pyrogen.evaluation import log_likelihood
+from pyrogen.evaluation import importance_sampling
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide
 
 FAMILIES = {
@@ -94,11 +96,15 @@ def test_description_and_copies_are_equal(family):
 
 
 def test_untrained_is_nearly_the_mean_field_normal():
-    """Each value of 40 000 draws has a variance of 1, from the component, and less than .5 from the mixing."""
+    """Each value has a variance of 1 from its component, and less than 0.5 from the mixing.
+
+    The standard error of a variance of 40 000 draws is below 0.011: less than 0.95 comes out once in 100 000 builds.
+    """
     family = SemiImplicit(3, 6)
     z = family(torch.randn(6)).sample(torch.Size([40_000]))
     assert ((z.var(0) > 0.95) & (z.var(0) < 1.5)).all()
-    assert (torch.corrcoef(z.T) - torch.eye(3)).abs().max() < 0.3
+    off_diagonal = torch.cov(z.T) - torch.diag(z.var(0))
+    assert off_diagonal.abs().max() < 0.5
 
 
 def test_own_draws_are_scored_by_the_component_that_made_them(float64):
@@ -130,27 +136,30 @@ def test_other_values_are_scored_by_fresh_components_alone(float64):
 
 
 def test_density_of_own_draws_is_from_above_and_converges(float64):
-    """Mean excess over the exact log-density of 40 000 draws at K = 1, 8, 64, of 4 000 at K = 512.
+    r"""The excess falls with K, between 0 and a known bound.
 
-    Each mean has a standard error below 0.006 and all of it is checked at five of these: a correct build fails once in
-    a million. The excess falls like 1/K once K is large against the number of components that matter.
+    It is the mean divergence of the mixture of K + 1 components from q, which is at most their mean χ²-divergence,
+    χ²(p(z, ε) ‖ p(z) p(ε)) / (K + 1); of normals that is det(1 + A Aᵀ / s²) - 1. Each of 11 comparisons holds by five
+    standard errors; a correct build fails once in 300 000.
     """
-    excess = []
+    means, errors = [], []
     for draws in (1, 8, 64, 512):
         torch.manual_seed(0)
-        family, exact = linear_gaussian(draws)
+        family, exact = linear_gaussian(draws, scale=0.6)
         context = torch.randn(3).expand(4_000 if draws > 64 else 40_000, 3)
         with torch.no_grad():
             q = family(context)
             z = q.sample()
-            difference = q.log_prob(z) - exact(context).log_prob(z)
-        error = (difference.std() / math.sqrt(len(z))).item()
-        assert error < 0.006
-        excess.append(difference.mean().item())
-        assert excess[-1] > -5 * error
-    print(excess)
-    assert excess[0] > excess[1] + 0.04 > excess[2] + 0.08
-    assert excess[2] > 0.01 and abs(excess[3]) < 0.02
+            excess = q.log_prob(z) - exact(context).log_prob(z)
+            a = family.components.parameters_of.linear.weight[:2, 3:]
+        chi_squared = torch.det(torch.eye(2) + a @ a.T / 0.6**2).item() - 1
+        means.append(excess.mean().item())
+        errors.append((excess.std() / math.sqrt(len(z))).item())
+        assert -5 * errors[-1] < means[-1] < chi_squared / (draws + 1) + 5 * errors[-1]
+    for i in range(3):
+        assert means[i] - means[i + 1] > 5 * math.hypot(errors[i], errors[i + 1])
+    # That it has fallen far shows only if the first was large.
+    assert means[0] > 0.3 and means[3] + 5 * errors[3] < 0.02
 
 
 def test_density_of_other_values_is_unbiased_and_its_logarithm_from_below(float64):
@@ -205,7 +214,20 @@ def evidence(x):
     return torch.logsumexp(torch.stack([dist.Normal(mode, scale).log_prob(x) for mode in MODES]), 0) - math.log(2)
 
 
-def trained(family, steps):
+def best_normal_gap(x):
+    """What the best normal for each x lacks of the evidence: by quadrature, over a grid of means and scales."""
+    loc, scale = torch.cartesian_prod(torch.linspace(-2.5, 2.5, 51), torch.linspace(0.3, 2.0, 35)).T.unsqueeze(-1)
+    u = torch.linspace(-6.0, 6.0, 121)
+    weights = torch.softmax(-0.5 * u.square(), 0)
+    z = loc + scale * u
+    log_prior = torch.logsumexp(torch.stack([dist.Normal(mode, WIDTH).log_prob(z) for mode in MODES]), 0) - math.log(2)
+    divergence = dist.Normal(loc, scale).log_prob(z) - log_prior
+    elbos = torch.stack([((dist.Normal(z, NOISE).log_prob(each) - divergence) * weights).sum(-1).max() for each in x])
+    return (evidence(x) - elbos).mean()
+
+
+def trained(family, steps=400):
+    """A guide trained with a fixed seed, and what its ELBO lacks of the evidence, with the standard error."""
     torch.manual_seed(0)
     guide = AmortizedGuide(two_modes, nn.Unflatten(0, (-1, 1)), family)
     objective = ELBO()(two_modes, guide)
@@ -217,37 +239,43 @@ def trained(family, steps):
         objective(x).backward()
         optimizer.step()
         schedule.step()
-    return guide, objective
+    x = torch.linspace(-1.5, 1.5, 50)
+    with torch.no_grad():
+        gaps = evidence(x) - torch.stack([objective.bound(x) for _ in range(100)])
+    return guide, gaps.mean().item(), (gaps.std() / math.sqrt(gaps.numel())).item()
 
 
-def test_trains_to_a_better_bound_than_the_normal_family_and_finds_both_modes(parameter_store):
-    """The exact evidence is known. Normals, linear in x, lack 0.8 nats of it; 0.14 to 0.2 were left in trials."""
-    x = torch.linspace(-1.5, 1.5, 200)
-    gaps = {}
-    semi_implicit = partial(SemiImplicit, noise=2, hidden=(32, 32), draws=8)
-    for name, family in {"normal": Normal, "semi-implicit": semi_implicit}.items():
-        guide, objective = trained(family, 400)
-        with torch.no_grad():
-            bounds = torch.stack([objective.bound(x) for _ in range(20)])
-        gaps[name] = (evidence(x) - bounds.mean(0)).mean().item()
-    assert 0 < gaps["semi-implicit"] < gaps["normal"] - 0.3, gaps
+def test_trains_to_a_better_bound_than_any_normal_and_finds_both_modes(parameter_store):
+    """Exact evidence, and the best that normals could do, are known: 0.47 nats are missing; 0.16 to 0.25 with three
+    seeds of this family. What is estimated is compared at five standard errors: one failure in a million.
+    """
+    best = best_normal_gap(torch.linspace(-1.5, 1.5, 50)).item()
+    _, gap, error = trained(Normal)
+    assert gap > best - 5 * error
+    guide, gap, error = trained(partial(SemiImplicit, noise=2, hidden=(32, 32), draws=8))
+    assert 5 * error < gap < best - 5 * error
     z = guide(torch.zeros(2000))["z"].detach()
     for side in (z > MODES[1] / 2, z < MODES[0] / 2):
         assert 0.2 < side.float().mean() < 0.8
-    # 2000 particles bring the importance-weighted bound to the evidence: the logarithm of a mean known to some percent.
-    few = x[::40]
-    estimate = log_likelihood(two_modes, guide, few, particles=2000, seed=0)
-    torch.testing.assert_close(estimate.to(few), evidence(few), atol=0.15, rtol=0)
+    # The same weights, many of them: the evidence, within five of their standard errors.
+    few = torch.linspace(-1.5, 1.5, 5)
+    estimate = importance_sampling(two_modes, guide, few, particles=2000, seed=0)
+    assert (estimate.standard_error < 0.05).all()
+    assert ((estimate.log_likelihood - evidence(few)).abs() < 5 * estimate.standard_error).all()
 
 
 def test_bounds_keep_their_order(float64):
-    """ELBO < importance-weighted bound < evidence for an untrained guide, each by many standard errors."""
-    guide = AmortizedGuide(two_modes, nn.Unflatten(0, (-1, 1)), SemiImplicit)
-    x = torch.linspace(-1.5, 1.5, 500)
+    """ELBO < importance-weighted bound < evidence for an untrained guide, each by five standard errors or more.
+
+    With 10 000 rows the differences are 0.6 and 0.1 nats or more in trials and their errors below 0.01.
+    """
+    guide = AmortizedGuide(two_modes, nn.Unflatten(0, (-1, 1)), partial(SemiImplicit, hidden=(8,), draws=4))
+    x = torch.linspace(-1.5, 1.5, 10_000)
     with torch.no_grad():
-        elbo = ELBO(8)(two_modes, guide).bound(x).mean()
-        tighter = IWAE(8)(two_modes, guide).bound(x).mean()
-    assert elbo + 0.1 < tighter < evidence(x).mean()
+        bounds = [objective(two_modes, guide).bound(x) for objective in (ELBO(8), IWAE(8))]
+    for lower, upper in itertools.pairwise([*bounds, evidence(x)]):
+        difference = upper - lower
+        assert difference.mean() > 5 * difference.std() / math.sqrt(len(x))
 
 
 SUPPORTS = {
@@ -291,8 +319,8 @@ def test_draws_that_saturate_are_known_again_with_the_others():
     transforms = [dist.transforms.AffineTransform(shift, 1.0), dist.transforms.SigmoidTransform()]
     q = dist.TransformedDistribution(base, transforms)
     z = q.rsample()
-    assert base.drawn[-1].is_source_of(q.transforms[0].inv(q.transforms[1].inv(z)))
-    assert not base.drawn[-1].is_source_of(torch.randn(50, 2))
+    assert base.drawn[-1].resembles(q.transforms[0].inv(q.transforms[1].inv(z)))
+    assert not base.drawn[-1].resembles(torch.randn(50, 2))
     assert torch.isfinite(q.log_prob(z)).all()
 
 
@@ -319,6 +347,32 @@ def test_draws_are_known_again_in_plates_and_where_sites_share_a_distribution():
         assert (node["fn"].log_prob(torch.randn_like(node["value"])) < 0).float().mean() > 0.9
 
 
+def test_draws_that_resemble_each_other_keep_their_components(float64):
+    """Two sites that share a very narrow distribution, whose components still tell its draws apart."""
+    family = SemiImplicit(2, 3, noise=2, mixing=nn.Identity(), draws=1)
+    with torch.no_grad():
+        linear = family.components.parameters_of.linear
+        linear.bias[2:] = -30.0  # the smallest scale there is
+        linear.weight.mul_(1e-4)
+    q = family(torch.randn(5, 3))
+    first, second = q.rsample(), q.rsample()
+    assert q.drawn[-1].resembles(first)
+    for z, draw in zip((first, second), q.drawn, strict=True):
+        own, other = (each.component.log_prob(z) for each in (draw, q.drawn[1 - q.drawn.index(draw)]))
+        assert (own > other + 10).all()
+        assert (q.log_prob(z) > own - math.log(2) - 1e-6).all()
+
+
+def test_draws_are_known_again_under_an_expanded_distribution(float64):
+    """The same draw in every row of a larger batch, with the same component."""
+    family, _ = linear_gaussian(draws=4)
+    q = family(torch.randn(5, 3))
+    z = q.rsample()
+    assert q.expand((4, 5)).log_prob(z).shape == (4, 5)
+    q.draws = 10_000
+    torch.testing.assert_close(q.expand((4, 5)).log_prob(z).mean(0), q.log_prob(z), atol=0.1, rtol=0)
+
+
 def test_a_draw_without_a_graph_gets_the_gradient_of_its_component(float64):
     family, _ = linear_gaussian(draws=1)
     context = torch.randn(5, 3)
@@ -339,14 +393,23 @@ def test_a_draw_without_a_graph_gets_the_gradient_of_its_component(float64):
 
 
 def test_scores_do_not_depend_on_how_many_components_fit_in_memory(monkeypatch, float64):
-    family, exact = linear_gaussian(draws=2000)
-    context = torch.randn(20, 3)
-    q = family(context)
-    z = q.sample()
-    with torch.no_grad():
-        monkeypatch.setattr("pyrogen.distributions.semi_implicit.ROWS_AT_ONCE", 50)
-        # 2000 components leave an error of about 2 %.
-        torch.testing.assert_close(q.log_prob(z), exact(context).log_prob(z), atol=0.5, rtol=0)
+    """The same noise, handed out 2, 7 or all 101 components at a time."""
+    family, _ = linear_gaussian(draws=100)
+    context, z, noise = torch.randn(20, 3), torch.randn(20, 2), torch.randn(101, 20, 2)
+    scores = []
+    for rows in (50, 140, 10_000):
+        monkeypatch.setattr("pyrogen.distributions.semi_implicit.ROWS_AT_ONCE", rows)
+        q, sizes = family(context), []
+
+        def hand_out(shape, sizes=sizes):
+            sizes.append(shape[0])
+            return noise[sum(sizes) - shape[0] : sum(sizes)]
+
+        q.noise = hand_out
+        scores.append(q.log_prob(z))
+        assert sum(sizes) == 101 and max(sizes) == min(101, rows // 20)
+    torch.testing.assert_close(scores[0], scores[2])
+    torch.testing.assert_close(scores[1], scores[2])
 
 
 @pytest.mark.parametrize("family", [SemiImplicit, partial(SemiImplicit, family=MultivariateNormal, draws=2)])
@@ -374,6 +437,35 @@ def test_guides_and_priors_of_any_program_train(family):
     for part in (guide, prior):
         for name, parameter in part.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+class SeveralSites(nn.Module):
+    """Positive values, some on the simplex, and some with a semi-implicit prior."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior = SemiImplicit(2, draws=4)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+            share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(z + share[..., :2], scale).to_event(1), obs=x)
+
+
+def test_fits_evaluates_and_comes_back_from_disk(tmp_path):
+    model, x = SeveralSites(), torch.randn(40, 2)
+    guides = {"semi-implicit": (SemiImplicit, ELBO()), "weighted": (partial(SemiImplicit, draws=4), IWAE(4))}
+    table = pg.compare(model, guides, encoder=lambda: nn.Linear(2, 8), data=x, steps=3, particles=20, progress=False)
+    assert table[["log_likelihood", "elbo", "rate"]].notna().all(axis=None)
+    run, rows = table.runs["semi-implicit"], x[:10]
+    pg.save(run, tmp_path / "run")
+    again = pg.load(tmp_path / "run", trust=True)
+    assert again.guide.family is SemiImplicit
+    figures = [pg.evaluate(each, rows, particles=20).to_dict() | {"seconds": 0} for each in (run, again)]
+    assert figures[0] == figures[1]
+    assert pg.to_arviz(again, rows, draws=5)["posterior"]["share"].shape == (4, 5, 10, 3)
 
 
 def test_what_has_a_stochastic_density():

@@ -1,6 +1,7 @@
 """compare: fair, complete on disk, resumable, and clear about what does not fit."""
 
 import functools
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import yaml
 from torch import nn
 
 import pyrogen as pg
-from pyrogen.distributions import Flow, MultivariateNormal, Normal
+from pyrogen.distributions import Flow, Implicit, MultivariateNormal, Normal
 from pyrogen.experiment import Comparison
-from pyrogen.inference import ELBO, IWAE, AmortizedGuide, NonFiniteLoss, OutputExistsError
-from pyrogen.networks import MLP
+from pyrogen.inference import AVB, ELBO, GAN, IWAE, AmortizedGuide, CriticOptions, NonFiniteLoss, OutputExistsError
+from pyrogen.networks import MLP, Critic
 
 TINY: dict[str, Any] = {"epochs": 2, "batch_size": 32, "particles": 8, "progress": False}
 GUIDES: dict[str, Any] = {
@@ -89,7 +90,8 @@ def test_equal_entries_get_equal_figures(model, digits):
     twice = {"one": (Normal, ELBO()), "two": (Normal, ELBO())}
     table = pg.compare(model, twice, encoder=encoder_of(digits), data=digits, **TINY)
     figures = table.drop(columns="seconds")
-    assert pd.DataFrame(figures).loc["one"].to_dict() == pd.DataFrame(figures).loc["two"].to_dict()
+    one, two = (pd.DataFrame(figures).loc[name] for name in ("one", "two"))
+    pd.testing.assert_series_equal(one, two, check_names=False, check_exact=True)
     alone = pg.compare(model, {"two": (Normal, ELBO())}, encoder=encoder_of(digits), data=digits, **TINY)
     assert alone["elbo"].iloc[0] == table.loc["two", "elbo"]
 
@@ -118,7 +120,7 @@ def test_random_state_is_given_back(model, digits):
 def test_folder_is_complete(finished):
     table, folder, _ = finished
     written = pd.read_csv(folder / "table.csv", index_col="guide")
-    pd.testing.assert_frame_equal(written, pd.DataFrame(table), check_dtype=False)
+    pd.testing.assert_frame_equal(written, pd.DataFrame(table).replace({None: math.nan}), check_dtype=False)
     for name in ("samples", "reconstructions", "curves", "latents", "comparison"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
     configuration = yaml.safe_load((folder / "compare.yaml").read_text())
@@ -274,3 +276,34 @@ def test_guide_sees_an_example_where_the_model_reads_its_data():
 
     table = pg.compare(reads, {"a": (Normal, ELBO())}, encoder=lambda: MLP(3, 8), data=torch.randn(10, 3), **TINY)
     assert isinstance(table.runs["a"].guide, AmortizedGuide)
+
+
+def test_guides_without_a_density_and_a_model_without_a_guide(model, digits, tmp_path):
+    small = functools.partial(Critic, hidden=(8,))
+    guides = {
+        "implicit": (functools.partial(Implicit, hidden=(8,)), AVB(2, critic=small)),
+        "without": (functools.partial(Implicit, hidden=(8,)), ELBO()),
+        "gan": (None, GAN(critic=small)),
+    }
+    options: dict[str, Any] = TINY | {"encoder": encoder_of(digits), "data": digits, "test": digits.test[:40]}
+    with pytest.raises(ValueError, match="without: site 'z' has no density"):
+        pg.compare(model, guides, **options)
+    table = pg.compare(
+        model, guides, skip_unserved=True, out=tmp_path / "all", critic=CriticOptions(steps=2), **options
+    )
+    assert [*table.index] == ["implicit", "gan"] and [*table.left_out] == ["without"]
+    assert "Left out" in repr(table) and "rate (estimate)" in repr(table) and "normal guide" in repr(table)
+    assert math.isfinite(table.loc["implicit", "log_likelihood"]) and math.isnan(table.loc["implicit", "rate"])
+    assert math.isnan(table.loc["gan", "log_likelihood"])
+    assert table.runs["implicit"].options.critic.steps == 2 and table.runs["gan"].guide is None
+    figures = {path.stem for path in (tmp_path / "all" / "figures").iterdir()}
+    assert figures == {"samples", "reconstructions", "curves", "critics", "latents", "comparison"}
+    posterior = arviz.from_netcdf(tmp_path / "all" / "posteriors.nc")["posterior"]
+    assert [*posterior["fit"].values] == ["implicit"]
+
+
+def test_nothing_that_can_be_served(model, digits):
+    with pytest.raises(ValueError, match="no objective serves any of the guides"):
+        pg.compare(
+            model, {"a": (Implicit, ELBO())}, encoder=encoder_of(digits), data=digits, skip_unserved=True, **TINY
+        )

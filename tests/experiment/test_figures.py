@@ -57,7 +57,7 @@ def test_every_fit_has_its_title_and_axes_their_units(images, histories):
     figure = figures.samples(dict.fromkeys(NAMES, images), images)
     assert [axes.get_title() for axes in figure.axes[:3]] == ["data", *NAMES]
     axes = figures.curves(histories).axes[0]
-    assert axes.get_ylabel() == "negative bound (nats per observation)" and axes.get_xlabel() == "epoch"
+    assert axes.get_ylabel() == "loss (nats per observation)" and axes.get_xlabel() == "epoch"
     assert {*NAMES} <= {text for text in axes.get_legend_handles_labels()[1]}
     assert axes.get_yscale() == "log"
 

@@ -3,7 +3,6 @@
 from functools import partial
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -203,7 +202,6 @@ BAD = {
     "ELBO": (lambda: programs(), ELBO(), "site 'z' has no density"),
     "IWAE": (lambda: programs(), IWAE(2), "site 'z' has no density"),
     "one particle": (lambda: programs(), AVB(1), "expected particles of at least 2"),
-    "too few for full": (lambda: programs(), AVB(2, covariance="full"), "needs at least 3"),
     "no guide": (lambda: (programs()[0], None), AVB(), "there is no guide for them"),
     "a guide too many": (lambda: programs(), GAN(), "GAN uses no guide"),
     "implicit likelihood": (

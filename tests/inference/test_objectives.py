@@ -529,7 +529,9 @@ def test_partially_observed_rows_have_the_evidence_of_what_is_observed(objective
 
     def model(x, mask):
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(1)), dist.Normal(torch.zeros(1), 1.0)))
+            z = pyro.sample(
+                "z", dist.MixtureSameFamily(dist.Categorical(torch.ones(1)), dist.Normal(torch.zeros(1), 1.0))
+            )
             if how == "obs_mask":
                 pyro.sample("x", dist.Normal(z, 0.5), obs=x, obs_mask=mask)
             else:
