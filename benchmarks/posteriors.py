@@ -88,10 +88,11 @@ def schools(seed: int, share: float) -> dict[str, tuple[float, str, bool]]:
     toy, steps = EightSchools(), round(3000 * share)
     found = {}
     annealed = LinearSchedule(max(1, steps // 2), start=6.0, end=1.0)
-    for family, objective in ((FAMILY, AVB(128, beta=annealed, critic=CRITIC)), (Normal, ELBO(128))):
+    for family, objective in ((FAMILY, AVB(64, beta=annealed, critic=CRITIC)), (Normal, ELBO(64))):
         guide = AmortizedGuide(toy.model, nn.Linear(8, 8), family)
         # A hundred copies, so that an epoch has a hundred steps.
-        run = train(toy.model, guide, objective, toy.x.repeat(100, 1), seed, steps=steps, batch_size=1)
+        rates: dict[str, Any] = {"learning_rate": 3e-3, "critic": CriticOptions(learning_rate=1e-2)}
+        run = train(toy.model, guide, objective, toy.x.repeat(100, 1), seed, steps=steps, batch_size=1, **rates)
         drawn = draws_of(run, toy.x, 20_000)
         mu, tau = drawn["mu"], drawn["tau"]
         values = {

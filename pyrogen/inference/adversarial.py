@@ -47,7 +47,8 @@ class GAN(CriticObjective):
 
     Args:
         loss: One of these.
-        r1: Weight of a penalty on the critic's slope at the data (Mescheder, Geiger & Nowozin 2018, 1801.04406).
+        r1: Weight of a penalty on the critic's slope at the data (Mescheder, Geiger & Nowozin 2018, 1801.04406); 1
+            keeps a critic of images from telling all apart.
         critic: What makes a critic, called as ``critic(event_shape, context)``.
 
     Raises:

@@ -423,7 +423,8 @@ class AlphaGAN(Hybrid):
     1706.04987 (whose first version has the classes of C the other way round).
 
     Args:
-        reconstruction: The weight λ.
+        reconstruction: The weight λ. The distance is a sum over an observation's values: for images of 784 and more
+            0.1 leaves the verdicts a say.
         ratio, visible_ratio, critic, observations: See :class:`Hybrid`.
     """
 
@@ -488,7 +489,7 @@ class VGHPlusPlus(Hybrid):
     Rosca, Lakshminarayanan & Mohamed 2018, 1802.06847; our choices are those of :class:`VGH`.
 
     Args:
-        reconstruction: Weight of the ℓ1 distance.
+        reconstruction: Weight of the ℓ1 distance, as in :class:`AlphaGAN`.
         ratio, visible_ratio, critic, observations: See :class:`Hybrid`.
     """
 
