@@ -51,7 +51,7 @@ from pyrogen.networks import MLP, Critic
 
 WIDTH, DEPTH, SAMPLES = 128, 3, 2500
 HIDDEN = (WIDTH,) * DEPTH
-OCTAVES, R1 = 4, 0.003
+OCTAVES, R1 = 4, 0.005
 
 
 class Residual(nn.Module):
@@ -203,8 +203,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problem", nargs="+", default=[*PROBLEMS], choices=[*PROBLEMS])
     parser.add_argument("--objectives", nargs="+", default=[*OBJECTIVES], choices=[*OBJECTIVES])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=8000, help="of the model")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=12_000, help="of the model")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of model, guide and critics, at first")
     parser.add_argument("--out", help="a picture of the samples of the first seed, such as modes.png")

@@ -1,9 +1,9 @@
 """How far a learned ratio can be trusted: the same critic, sample size and steps on Gaussians of known divergence."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,17 +46,17 @@ class RatioCalibration:
 
     @property
     def trusted(self) -> float:
-        within = [abs(error) <= TOLERANCE for error in self._errors]
-        first_wrong = within.index(False) if False in within else len(within)
-        if first_wrong == 0:
-            return 0.0
-        return max(0.0, min(max(self.estimated[:first_wrong]), self._misjudged))
+        return max(0.0, min(max(self.estimated[: self._sound], default=0.0), self._misjudged))
 
     @property
     def _misjudged(self) -> float:
         """The smallest estimate of a divergence past the first that is not within tolerance."""
-        within = [abs(error) <= TOLERANCE for error in self._errors]
-        return min(self.estimated[within.index(False) :]) if False in within else math.inf
+        return min(self.estimated[self._sound :], default=math.inf)
+
+    @property
+    def _sound(self) -> int:
+        """How many divergences, from the first on, are estimated within tolerance."""
+        return len([*itertools.takewhile(lambda error: abs(error) <= TOLERANCE, self._errors)])
 
     @property
     def _errors(self) -> list[float]:
@@ -215,5 +215,6 @@ def _check(features: int, samples: int | None, steps: int, batch_size: int, dive
     for name, value in {"features": features, "samples": samples, "steps": steps, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not divergences or divergences[0] <= 0 or any(after <= before for before, after in pairwise(divergences)):
+    pairs = itertools.pairwise(divergences)
+    if not divergences or divergences[0] <= 0 or any(after <= before for before, after in pairs):
         raise ValueError(f"divergences must be above 0 and rise, in nats, got {tuple(divergences)}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrogen.evaluation.calibration import TOLERANCE, RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, passes, prepared
+from pyrogen.inference.adaptive import SMALLEST_VARIANCE, Reference
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.guides import flattened
 from pyrogen.inference.programs import is_real, per_row, sample_sites
@@ -35,7 +36,6 @@ CRITICS = 16
 PARTS = 10
 """After each of which a critic of marginals is asked whether it still improves."""
 MARGINAL_LEARNING_RATE = 2e-3
-SMALLEST_VARIANCE = 1e-8
 DIVERGENCES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 """Of these, in nats, critics are calibrated at the neighbours of an estimate and at the last."""
 
@@ -359,37 +359,27 @@ class _Adaptive(_Contrast):
                 value = flattened(site, sample_sites(trace)[name]["value"], copies * len(batch[0][part]))
                 parts.setdefault(part.start, []).append(value.view(copies, len(batch[0][part]), -1))
             v = torch.cat([torch.cat(pieces) for pieces in parts.values()], 1)
-            mean, lower = _moments(v)
-            means.append(mean)
-            lowers.append(lower)
+            reference = Reference.of(v, 1, "full")
+            means.append(reference.mean)
+            lowers.append(reference.lower)
         self.mean, self.lower = torch.cat(means), torch.cat(lowers)
 
     def known(self, rows: int) -> float:
         total, observations = 0.0, len(self.pair.batch[0])
         for draws, part in _passes(self.pair, torch.arange(observations), PARTICLES, rows):
-            white, lower = self._whitened(draws, part), self.lower[part.to(self.lower.device)]
-            log_r = -0.5 * (white.square() + math.log(2 * math.pi)).sum(-1)
-            log_r = log_r - lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            reference = self._reference(part)
+            log_r = reference.log_prob(reference.whiten(self.values(draws)))
             total += float((log_r - _log_prior(draws, self.name)).double().sum())
         return total / (PARTICLES * observations)
 
     def sides(self, draws: Draws, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        white = self._whitened(draws, chosen)
+        white = self._reference(chosen).whiten(self.values(draws))
         return white, torch.randn_like(white)
 
-    def _whitened(self, draws: Draws, chosen: Tensor) -> Tensor:
+    def _reference(self, chosen: Tensor) -> Reference:
+        """The normals that stand for q of some observations."""
         chosen = chosen.to(self.mean.device)
-        off = (self.values(draws) - self.mean[chosen]).unsqueeze(-1)
-        return torch.linalg.solve_triangular(self.lower[chosen], off, upper=False).squeeze(-1)
-
-
-def _moments(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Means ``(R, n)`` and Cholesky factors ``(R, n, n)`` of the covariances of ``(K, R, n)``."""
-    mean = v.mean(0)
-    centred = v - mean
-    covariance = torch.einsum("kri,krj->rij", centred, centred) / (len(v) - 1)
-    floor = 1e-4 * covariance.diagonal(dim1=-2, dim2=-1) + SMALLEST_VARIANCE
-    return mean, torch.linalg.cholesky(covariance + torch.diag_embed(floor))
+        return Reference(self.mean[chosen], self.lower[chosen], event_dim=1)
 
 
 def _log_prior(draws: Draws, name: str) -> Tensor:

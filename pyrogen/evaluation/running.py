@@ -1,8 +1,7 @@
 """Running programs outside of training: checked rows, a mode and a random state of their own, and bounded memory."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,10 @@ from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.programs import (
     Copies,
     Site,
+    before,
     data_frame,
+    evaluation_mode,
     latent_sites,
-    modules_of,
     no_sites,
     prototype,
     repeat,
@@ -99,7 +99,7 @@ class Prepared:
 
     def before(self, name: str) -> list[str]:
         """The latent sites that the guide draws before one of them."""
-        return [other for other in _before(self.order, name) if other in self.latents]
+        return [other for other in before(self.order, name) if other in self.latents]
 
     def why_no_rate_estimate(self) -> str | None:
         """What keeps critics from estimating the rate, or None."""
@@ -111,7 +111,7 @@ class Prepared:
         if helpers := [name for name in self.implicit_guide if name not in self.latents]:
             return f"the guide's helper sites {helpers} are implicit; give them an explicit family"
         for name in self.implicit_prior:
-            late = set(_before(self.latents, name)) - set(self.before(name))
+            late = set(before(self.latents, name)) - set(self.before(name))
             if late:
                 return (
                     f"the model's site '{name}' is implicit given {sorted(late)}, which the guide draws after it; draw "
@@ -175,8 +175,8 @@ def prepared(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"the number of {name} must be a whole number of at least 1, got {value!r}")
     batch = _placed(x, first_parameter(model, guide))
-    modules = [module for root in (*modules_of(model), *modules_of(guide)) for module in root.modules()]
     check_data(batch)
+    still = evaluation_mode(model, guide)
     state = pyro.get_param_store().get_state()
     model, guide = _with_parameters(model, state), guide if guide is None else _with_parameters(guide, state)
     if values:
@@ -186,20 +186,14 @@ def prepared(
         check_programs(model, guide, *first)
     elif guided:
         _check_guideless(model, first)
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with (
-            torch.no_grad(),
-            pyro.validation_enabled(False),
-            pyro.get_param_store().scope(),
-            seeded(seed, batch[0].device),
-        ):
-            yield _prepare(model, guide, batch, first)
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+    with (
+        still,
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        pyro.get_param_store().scope(),
+        seeded(seed, batch[0].device),
+    ):
+        yield _prepare(model, guide, batch, first)
 
 
 def _check_guideless(model: Callable, first: tuple[Tensor, ...]) -> None:
@@ -241,10 +235,6 @@ def _prepare(model: Callable, guide: Callable | None, batch: tuple[Tensor, ...],
         implicit_global=_sampled(globally[0] | globally[1]),
         order=tuple(drawn),
     )
-
-
-def _before(names: Iterable[str], name: str) -> list[str]:
-    return [*itertools.takewhile(lambda other: other != name, names)]
 
 
 def _sampled(nodes: dict[str, dict[str, Any]]) -> tuple[str, ...]:

@@ -105,10 +105,6 @@ class AdaptiveContrast(nn.Module):
         white = reference.whiten(z)
         return self.ratio.log_ratio(white, context) + reference.log_prob(white)
 
-    def log_ratio(self, z: Tensor, context: Tensor | None, reference: Reference) -> Tensor:
-        """The estimate of log q(z|c) − log r(z|c) in nats: how far the shape is from a normal one."""
-        return self.ratio.log_ratio(reference.whiten(z), context)
-
     def loss_and_accuracy(self, z: Tensor, context: Tensor | None, reference: Reference) -> tuple[Tensor, Tensor]:
         """What the critic minimises, for draws taken as constants, and how often it tells them from normal ones."""
         white = reference.whiten(z.detach())

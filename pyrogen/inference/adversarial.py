@@ -1,11 +1,10 @@
 """Objectives in which a critic of what the model shows teaches it: alone, with the latent values, by its features."""
 
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrogen.inference.adaptive import Covariance
@@ -31,7 +30,28 @@ RATIOS: dict[str, type[Ratio]] = {
 }
 
 
-class GAN(CriticObjective):
+class _Adversarial(CriticObjective):
+    """Base: a critic's verdict and nothing else."""
+
+    validates_as: ClassVar[str | None] = None
+
+    def __init__(self, loss: GANLoss = "non-saturating", *, r1: float = 0.0, critic: CriticBuilder = Critic) -> None:
+        super().__init__()
+        if loss not in get_args(GANLoss):
+            raise ValueError(f"loss is one of {', '.join(get_args(GANLoss))}, got {loss!r}")
+        self.loss_ = loss  # the plain name is that of the method by which Pyro asks for a loss
+        self.r1 = r1
+        self.critic = critic
+        self.critic_steps = 5 if loss == "wasserstein-gp" else 1
+
+    def _ratio(self, critic: nn.Module) -> Ratio:
+        return RATIOS[self.loss_](critic, r1=self.r1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(loss={self.loss_!r})"
+
+
+class GAN(_Adversarial):
     r"""A generative adversarial network: a critic tells data from samples, and the model learns to mislead it.
 
     The model is any program; its samples have to have gradients, so its observed site is implicit or has them, or is
@@ -65,19 +85,9 @@ class GAN(CriticObjective):
     """
 
     uses_guide: ClassVar[bool] = False
-    validates_as: ClassVar[str | None] = None
-
-    def __init__(self, loss: GANLoss = "non-saturating", *, r1: float = 0.0, critic: CriticBuilder = Critic) -> None:
-        super().__init__()
-        _check_loss(loss)
-        self.loss_ = loss  # the plain name is that of the method by which Pyro asks for a loss
-        self.r1 = r1
-        self.critic = critic
-        self.critic_steps = 5 if loss == "wasserstein-gp" else 1
 
     def contrasts(self, draws: Draws) -> dict[str, Contrast]:
-        ratio = partial(RATIOS[self.loss_], r1=self.r1)
-        return {"visible": VisibleContrast(draws, ratio, self.critic, reconstructions=False, samples=True)}
+        return {"visible": VisibleContrast(draws, self._ratio, self.critic, reconstructions=False, samples=True)}
 
     def of_program(self, draws: Draws) -> Estimate:
         ratio: Ratio = self.critics["visible"].ratio  # type: ignore[assignment]
@@ -89,11 +99,8 @@ class GAN(CriticObjective):
         """There is none: a GAN has no likelihood."""
         raise ValueError("a GAN bounds no likelihood; judge its samples, or fit a guide to its frozen model")
 
-    def __repr__(self) -> str:
-        return f"GAN(loss={self.loss_!r})"
 
-
-class ALI(CriticObjective):
+class ALI(_Adversarial):
     r"""Adversarially learned inference, or BiGAN: one critic tells the guide's pairs (x, z) from the model's.
 
     .. math:: (x, z), \; x \sim p^*(x), z \sim q(z \mid x) \quad \text{against} \quad
@@ -130,16 +137,6 @@ class ALI(CriticObjective):
         torch.Size([])
     """
 
-    validates_as: ClassVar[str | None] = None
-
-    def __init__(self, loss: GANLoss = "non-saturating", *, r1: float = 0.0, critic: CriticBuilder = Critic) -> None:
-        super().__init__()
-        _check_loss(loss)
-        self.loss_ = loss
-        self.r1 = r1
-        self.critic = critic
-        self.critic_steps = 5 if loss == "wasserstein-gp" else 1
-
     def contrasts(self, draws: Draws) -> dict[str, Contrast]:
         _check_latents(self, draws)
         if shared := [name for name, site in draws.sites.items() if site.is_global]:
@@ -147,7 +144,7 @@ class ALI(CriticObjective):
                 f"ALI contrasts pairs of one observation and its latent values, but the latent sites {shared} are "
                 "global; use VAEGAN or AVB, or make them parameters of the model"
             )
-        return {"joint": JointContrast(draws, partial(RATIOS[self.loss_], r1=self.r1), self.critic)}
+        return {"joint": JointContrast(draws, self._ratio, self.critic)}
 
     def of_program(self, draws: Draws) -> Estimate:
         joint: Any = self.critics["joint"]
@@ -167,9 +164,6 @@ class ALI(CriticObjective):
             ValueError: Always.
         """
         raise ValueError(_without_bound(self))
-
-    def __repr__(self) -> str:
-        return f"ALI(loss={self.loss_!r})"
 
 
 class JointContrast(Contrast):
@@ -329,11 +323,6 @@ def _mirrored(loss: str, t: Tensor) -> Tensor:
     if loss == "non-saturating":
         return F.softplus(t)
     return 0.5 * t.square() if loss == "least-squares" else t
-
-
-def _check_loss(loss: str) -> None:
-    if loss not in get_args(GANLoss):
-        raise ValueError(f"loss is one of {', '.join(get_args(GANLoss))}, got {loss!r}")
 
 
 def _check_latents(objective: CriticObjective, draws: Draws) -> None:

@@ -17,7 +17,7 @@ from pyrogen.distributions.implicit import is_implicit
 from pyrogen.inference.adaptive import AdaptiveContrast, Covariance, Reference
 from pyrogen.inference.draws import Draws, elements, from_elements
 from pyrogen.inference.matching import check_unmasked
-from pyrogen.inference.programs import is_real
+from pyrogen.inference.programs import before, is_real
 from pyrogen.inference.ratios import Ratio
 
 __all__ = ["Contrast", "CriticBuilder", "LatentContrast", "RatioBuilder", "SiteContrast", "VisibleContrast"]
@@ -231,13 +231,9 @@ class LatentContrast(Contrast):
         if any(is_implicit(draws.model[name]["fn"]) for name in draws.local):
             z = draws.latents(draws.prior, draws.local)
             return self_normalised(self.ratio.log_ratio(z)) if z.requires_grad else 0.0
-        if (
-            len(draws.local) == 1
-            and not draws.model[draws.local[0]]["fn"]
-            .log_prob(draws.model[draws.local[0]]["value"].detach())
-            .requires_grad
-        ):
-            return 0.0
+        first = draws.model[draws.local[0]]
+        if len(draws.local) == 1 and not first["fn"].log_prob(first["value"].detach()).requires_grad:
+            return 0.0  # a fixed prior has nothing to learn, and needs no further run of the model
         nodes = [draws.detached[name] for name in draws.local]
         return -sum(surplus(node["fn"].log_prob(node["value"])) for node in nodes)
 
@@ -290,11 +286,8 @@ def self_normalised(log_ratio: Tensor) -> Tensor:
 
 def _check_order(draws: Draws, name: str) -> None:
     """See that all on which the model's site depends stands before it in the guide too."""
-    earlier_in_guide = [*draws.guide]
-    earlier_in_guide = earlier_in_guide[: earlier_in_guide.index(name)]
-    names = [*draws.sites]
-    late = [other for other in names[: names.index(name)] if other not in earlier_in_guide]
-    if late:
+    in_guide = before(draws.guide, name)
+    if late := [other for other in before(draws.sites, name) if other not in in_guide]:
         raise ValueError(
             f"contrast='none' compares site '{name}' with the model's given the same sites before it, but the guide "
             f"draws {late} after it; use contrast='adaptive', or draw the sites in the model's order"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrogen.distributions.implicit import is_implicit
 from pyrogen.inference.guides import flattened
-from pyrogen.inference.programs import Site, data_frame, latent_sites, observed_sites, repeat, sample_sites
+from pyrogen.inference.programs import Site, before, data_frame, latent_sites, observed_sites, repeat, sample_sites
 from pyrogen.inference.terms import Traces, trace_programs
 
 __all__ = ["Draws", "elements", "from_elements"]
@@ -37,12 +37,12 @@ class Draws:
         if guide is not None:
             self.traces: Traces = trace_programs(model, guide, batch, particles)
 
-    @property
+    @cached_property
     def guide(self) -> dict[str, dict[str, Any]]:
         """The guide's sites."""
         return sample_sites(self.traces.guide)
 
-    @property
+    @cached_property
     def model(self) -> dict[str, dict[str, Any]]:
         """The model's sites on the guide's draws."""
         return sample_sites(self.traces.model)
@@ -52,7 +52,7 @@ class Draws:
         """The model's latent sites, in its order."""
         return latent_sites(self.traces.model if self.with_guide else self.prior_trace)
 
-    @property
+    @cached_property
     def local(self) -> list[str]:
         """The names of the per-observation latent sites."""
         return [name for name, site in self.sites.items() if not site.is_global]
@@ -77,7 +77,7 @@ class Draws:
         with torch.set_grad_enabled(self.gradients):
             return poutine.trace(program).get_trace(*self.rows)
 
-    @property
+    @cached_property
     def prior(self) -> dict[str, dict[str, Any]]:
         """The model's sites, run on its own."""
         return sample_sites(self.prior_trace)
@@ -96,7 +96,7 @@ class Draws:
             seen = self.traces.features.detach()
         else:
             seen = torch.cat([x.flatten(1).to(self.rows[0].dtype) for x in self.rows], -1)
-        earlier = [other for other in _before(self.guide, name) if other in self.sites]
+        earlier = [other for other in before(self.guide, name) if other in self.sites]
         return torch.cat([seen, self.latents(self.model, earlier)], -1) if earlier else seen
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -107,7 +107,7 @@ class Draws:
 
     def parents(self, name: str) -> Tensor | None:
         """The latent sites that the model draws before a site, ``(K * B, C)``; None if there are none."""
-        earlier = _before(self.sites, name)
+        earlier = before(self.sites, name)
         return self.latents(self.model, earlier) if earlier else None
 
     def visible_names(self) -> list[str]:
@@ -144,11 +144,6 @@ class Draws:
             return torch.cat([value.reshape(rows, -1) for value in values.values()], -1)
         (value,) = values.values()
         return value.reshape(rows, 1) if value.dim() == 1 else value
-
-
-def _before(sites: Any, name: str) -> list[str]:
-    names = [*sites]
-    return names[: names.index(name)]
 
 
 def _shown(node: dict[str, Any]) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError
@@ -35,7 +34,7 @@ from pyrogen.inference.contrasts import (
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.guides import AmortizedGuide, stand_in_batch
 from pyrogen.inference.objectives import Estimate, Objective, ObjectiveModule
-from pyrogen.inference.programs import evaluation_mode, make_example, repeat
+from pyrogen.inference.programs import make_example, rehearsal, repeat
 from pyrogen.inference.ratios import Logistic, Ratio
 from pyrogen.inference.terms import Terms, compare_sites, frozen, has_no_density
 from pyrogen.inference.watch import PREFIX
@@ -95,7 +94,7 @@ class CriticObjective(Objective):
             return
         self.check_guide(guide)
         rows = tuple(x[:2] for x in batch)
-        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model, guide):
+        with rehearsal(model, guide):
             draws = Draws(model, guide if self.uses_guide else None, rows, self.particles)
             for name, contrast in self.contrasts(draws).items():
                 self.critics[name] = contrast.to(rows[0].device, rows[0].dtype)

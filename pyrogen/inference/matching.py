@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -22,7 +21,7 @@ from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.draws import elements
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
 from pyrogen.inference.objectives import Estimate, Objective
-from pyrogen.inference.programs import data_frame, evaluation_mode, observed_sites, per_row, sample_sites
+from pyrogen.inference.programs import data_frame, observed_sites, per_row, sample_sites
 from pyrogen.inference.terms import Terms, Traces, compare_sites, has_no_density, trace_programs, without_density
 
 __all__ = ["WAE", "InfoVAE", "Matching", "Parts", "by_value", "check_unmasked", "check_weights"]
@@ -33,11 +32,6 @@ Parts = dict[str, tuple[float, Tensor]]
 
 class Matching(Objective):
     """An objective that is a weighted sum; a sibling says of what. Its bound is the plain ELBO."""
-
-    def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
-        super().prepare(model, guide, *batch)
-        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model, guide):
-            self.estimate(model, guide, *batch)
 
     def log_bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.mean(0)

@@ -23,12 +23,11 @@ from typing import Any, ClassVar, Literal
 import pyro
 import pyro.infer
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
-from pyrogen.inference.programs import data_frame, evaluation_mode, per_row, unregistered
+from pyrogen.inference.programs import data_frame, per_row, rehearsal, unregistered
 from pyrogen.inference.terms import Terms, run_programs
 
 __all__ = ["ELBO", "IWAE", "Estimate", "Objective", "ObjectiveModule", "Renyi"]
@@ -108,8 +107,8 @@ class Objective(pyro.infer.ELBO):
             ValueError: If it can't, such as at a site without a density.
         """
         self.check_guide(guide)
-        with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(model, guide):
-            self.terms(model, guide, *batch)
+        with rehearsal(model, guide):
+            self.estimate(model, guide, *batch)
 
     def check_guide(self, guide: Callable | None) -> None:
         """Raise a ``ValueError`` for a guide too many."""

@@ -6,7 +6,8 @@ global.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ __all__ = [
     "Site",
     "as_module",
     "bare",
+    "before",
     "data_frame",
     "describe_example",
     "encode",
@@ -42,6 +44,7 @@ __all__ = [
     "observed_sites",
     "per_row",
     "prototype",
+    "rehearsal",
     "repeat",
     "sample_sites",
     "unregistered",
@@ -170,6 +173,11 @@ def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:
     return (log_prob.sum(others) if others else log_prob).expand(data.size)
 
 
+def before(names: Iterable[str], name: str) -> list[str]:
+    """The names that stand before one of them."""
+    return [*itertools.takewhile(lambda other: other != name, names)]
+
+
 @contextmanager
 def evaluation_mode(*programs: Callable | None) -> Iterator[None]:
     """Within, programs and their modules are in evaluation mode; each gets its own mode back."""
@@ -188,6 +196,13 @@ def evaluation_mode(*programs: Callable | None) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def rehearsal(*programs: Callable | None) -> Iterator[None]:
+    """Within, programs run in evaluation mode and leave no mark: no gradient, and no parameter in Pyro's store."""
+    with torch.no_grad(), poutine.block(), pyro.get_param_store().scope(), evaluation_mode(*programs):
+        yield
+
+
 def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> poutine.Trace:
     """Trace a program once and leave no mark: no gradient, no parameter stored, no random number used up.
 
@@ -197,13 +212,7 @@ def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> pouti
         observed: Whether its observations hold; else they are sampled.
     """
     devices = {tensor.device for tensor in batch if tensor.is_cuda}
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.no_grad(),
-        poutine.block(),
-        pyro.get_param_store().scope(),
-        evaluation_mode(program),
-    ):
+    with torch.random.fork_rng(devices=devices), rehearsal(program):
         return poutine.trace(program if observed else poutine.uncondition(program)).get_trace(*batch)
 
 

@@ -524,7 +524,7 @@ def test_weights_that_a_gradient_spoiled_are_never_kept(clip, digits, tmp_path, 
 
     def loss_of(self, terms):
         loss = original(self, terms)
-        return BadGradient.apply(loss) if next(steps) == 7 else loss  # the last step of the second epoch
+        return BadGradient.apply(loss) if next(steps) == 8 else loss  # after a check, the last step of the second epoch
 
     monkeypatch.setattr(ELBO, "loss_of", loss_of)
     with pytest.raises(NonFiniteLoss, match="spoiled weights"):
