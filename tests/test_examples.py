@@ -16,6 +16,9 @@ import pytest
 import torch
 from pyro import poutine
 
+from pyrogen.distributions import Bernoulli, StandardNormal
+from pyrogen.models import LatentVariableModel
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "two_sites": ["found", "true", "share[0] * share[1]", "log p(x) of test data"],
@@ -29,6 +32,7 @@ PRINTED = {
         "exact log p(x): -1.3",
     ],
     "posterior_with_arviz": ["hdi_3%", "eta[0, 7]", "flow, weighted", "Pareto k", "exact"],
+    "implicit_guide": ["normal, ELBO", "implicit, AVB", "rate, held out", "no model is better than -1.386"],
     "constrained_and_global": ["exact mean", "exact sd", "rate, counts ["],
 }
 
@@ -97,6 +101,19 @@ def test_constrained_and_global_exact_posterior():
     found = (weights * b).sum()
     assert abs(found - mean) < 0.006
     assert abs((weights * (b - found) ** 2).sum().sqrt() - spread) < 0.006
+
+
+def test_implicit_guide_exact_log_likelihood():
+    # The best model, of which each image takes a quarter; the grid's points on an axis all go to one side.
+    class Quarters(torch.nn.Module):
+        def forward(self, z):
+            on = torch.nn.functional.one_hot(2 * (z[..., 0] > 0).long() + (z[..., 1] > 0).long(), 4)
+            return (40.0 * on - 20.0).reshape(*z.shape[:-1], 1, 2, 2)
+
+    module = load("implicit_guide")
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(Quarters()))
+    found = module.exact_log_likelihood(model, torch.eye(4).reshape(4, 1, 2, 2))
+    assert found == pytest.approx(-math.log(4), abs=2e-3)
 
 
 def test_posterior_with_arviz_moments():

@@ -33,6 +33,9 @@ class Critic(nn.Module):
         features: Event shape ``E`` of the samples, or its length.
         context: Width ``C`` of the context, or 0 for none.
         hidden: Widths of the fully connected hidden layers.
+        channels: Channels of each convolution that images ``(C, H, W)`` go through, from the image inward; by default
+            those of :class:`~pyrogen.networks.ConvEncoder`. An empty sequence has images read as vectors. Samples of
+            another shape have no use for it.
         outputs: How many scores; 1 gives no dimension of its own.
         spectral: Divide the weights of every layer by their largest singular value, so that each layer is 1-Lipschitz
             (convolutions as the matrices of their kernels; Miyato et al. 2018, *Spectral normalization for generative
@@ -47,8 +50,8 @@ class Critic(nn.Module):
     The last layer starts small, so that a ratio starts near 1; with ``spectral`` its norm is 1 from the start.
 
     Raises:
-        ValueError: When called with samples or a context of another shape, with a context it was not built for, or
-            without the one it was built for.
+        ValueError: For channels that ask to halve an image more often than it can be; when called with samples or a
+            context of another shape, with a context it was not built for, or without the one it was built for.
 
     Example:
         >>> critic = Critic(3, context=5)
@@ -64,6 +67,7 @@ class Critic(nn.Module):
         context: int = 0,
         *,
         hidden: Sequence[int] = (256, 256),
+        channels: Sequence[int] | None = None,
         outputs: int = 1,
         spectral: bool = False,
         activation: type[nn.Module] = nn.LeakyReLU,
@@ -74,12 +78,13 @@ class Critic(nn.Module):
         self.features = features
         self.context = context
         self.hidden = hidden
+        self.channels = channels
         self.outputs = outputs
         self.spectral = spectral
         self.activation = activation
         self.shape = as_shape(features)
-        self.convolutions = _convolutions(self.shape, activation)
-        sizes = (_width(self.shape) + context, *hidden)
+        self.convolutions, self.width = _convolutions(self.shape, channels, activation)
+        sizes = (self.width + context, *hidden)
         self.trunk = nn.Sequential(*dense(sizes, activation), *([activation()] if hidden else []))
         self.last = nn.Linear(sizes[-1], outputs)
         initialise(self, last=self.last)
@@ -102,10 +107,9 @@ class Critic(nn.Module):
         batch = self._leading_shape(z)
         self._check_context(context)
         if self.convolutions is None:
-            h = z.reshape(batch + (_width(self.shape),))
+            h = z.reshape(batch + (self.width,))
         else:
-            flat = self.convolutions(z.reshape(batch.numel(), *self.shape))
-            h = flat.reshape(batch + (_width(self.shape),))
+            h = self.convolutions(z.reshape(batch.numel(), *self.shape)).reshape(batch + (self.width,))
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
             h = torch.cat([h.expand(batch + h.shape[-1:]), context.expand(batch + context.shape[-1:])], -1)
@@ -131,24 +135,17 @@ class Critic(nn.Module):
         return f"{self.features}, context={self.context}, outputs={self.outputs}, spectral={self.spectral}"
 
 
-def _channels(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, int]] | None:
-    """The stages of convolutions that an event shape gets; None if it is read as a vector."""
-    if len(shape) != 3 or min(shape[1:]) < SMALLEST_SIDE or shape[1] % 2 or shape[2] % 2:
-        return None
-    return stages(shape[1], shape[2], None)
-
-
-def _width(shape: tuple[int, ...]) -> int:
-    """How many features of a sample reach the fully connected layers."""
-    plan = _channels(shape)
-    return math.prod(shape) if plan is None else plan[0][-1] * math.prod(plan[1])
-
-
-def _convolutions(shape: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Sequential | None:
-    plan = _channels(shape)
-    if plan is None:
-        return None
+def _convolutions(
+    shape: tuple[int, ...], channels: Sequence[int] | None, activation: Callable[[], nn.Module]
+) -> tuple[nn.Sequential | None, int]:
+    """Convolutions for an event shape, None if it is read as a vector, and how many features come of it."""
+    is_image = len(shape) == 3
+    if is_image and channels is None:
+        is_image = min(shape[1:]) >= SMALLEST_SIDE and shape[1] % 2 == shape[2] % 2 == 0
+    if not is_image or (channels is not None and not channels):
+        return None, math.prod(shape)
+    widths, left = stages(shape[1], shape[2], channels)
     layers: list[nn.Module] = []
-    for before, after in zip((shape[0], *plan[0]), plan[0], strict=False):
+    for before, after in zip((shape[0], *widths), widths, strict=False):
         layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1), activation()]
-    return nn.Sequential(*layers, nn.Flatten())
+    return nn.Sequential(*layers, nn.Flatten()), widths[-1] * math.prod(left)

@@ -17,6 +17,8 @@ CATALOGUE = {
     "matrix": partial(Critic, (2, 3), hidden=(8, 8), outputs=4),
     "image": partial(Critic, (1, 8, 8), hidden=(16,)),
     "image-context": partial(Critic, (3, 8, 12), 5, hidden=(16,), outputs=2),
+    "narrow-image": partial(Critic, (3, 8, 8), 5, hidden=(16,), channels=(4, 6)),
+    "flat-image": partial(Critic, (3, 8, 8), hidden=(16,), channels=()),
     "odd-image": partial(Critic, (1, 9, 9), hidden=(8,)),
     "tiny-image": partial(Critic, (1, 2, 2), 1, hidden=(8,)),
     "spectral": partial(Critic, 6, 3, hidden=(16, 16), spectral=True),
@@ -90,6 +92,16 @@ def test_convolutions_are_for_images_that_can_be_halved():
     assert Critic((1, 28, 28)).convolutions is not None
     for shape in (784, (28, 28), (1, 9, 9), (1, 2, 2), (1, 4, 4)):
         assert Critic(shape).convolutions is None
+
+
+def test_channels_say_which_convolutions_there_are():
+    critic = Critic((1, 28, 28), channels=(4, 6))
+    assert [layer.out_channels for layer in critic.convolutions if isinstance(layer, nn.Conv2d)] == [4, 6]
+    assert Critic((1, 4, 4), channels=(4,)).convolutions is not None
+    assert Critic((1, 28, 28), channels=()).convolutions is None
+    assert Critic(784, channels=(4, 6)).convolutions is None
+    with pytest.raises(ValueError, match="can be halved 2 times"):
+        Critic((1, 28, 28), channels=(4, 6, 8))
 
 
 def test_every_layer_has_norm_one_under_spectral_normalisation():
