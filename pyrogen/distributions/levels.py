@@ -1,7 +1,7 @@
 r"""Distributions on levels, the grid k / (L - 1) in [0, 1], such as the 256 levels of 8-bit pixels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -204,8 +204,7 @@ class NormalLevels(_LevelsDistribution):
         .. math:: \sigma \bigl[h(\mu / \sigma) - h((\mu - 1) / \sigma)\bigr],
             \quad h(t) = t \Phi(t) + \varphi(t)
         """
-        above_0, above_1 = (_expected_excess((self.loc - edge) / self.scale) for edge in (0, 1))
-        return (self.scale * (above_0 - above_1)).clamp(0, 1)
+        return _clamped_mean(self.loc, self.scale, _expected_excess)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         with torch.no_grad():
@@ -219,6 +218,17 @@ class NormalLevels(_LevelsDistribution):
         inside = _log_normal_interval(*torch.broadcast_tensors(k - loc, width))
         lowest, highest = _log_normal_cdf((0.5 - loc) * width), _log_normal_cdf((loc - steps + 0.5) * width)
         return torch.where(k == 0, lowest, torch.where(k == steps, highest, inside))
+
+
+def _clamped_mean(loc: Tensor, scale: Tensor, excess: Callable[[Tensor], Tensor]) -> Tensor:
+    """E min(1, max(0, m + s e)) for e symmetric about 0, with E max(0, t + e) given.
+
+    Locations above one half are mirrored: far above, the difference of two large numbers would be left of it.
+    """
+    high = loc > 0.5
+    near = torch.where(high, 1 - loc, loc)
+    mean = (scale * (excess(near / scale) - excess((near - 1) / scale))).clamp(0, 1)
+    return torch.where(high, 1 - mean, mean)
 
 
 def _expected_excess(t: Tensor) -> Tensor:
@@ -305,8 +315,7 @@ class LogisticMixtureLevels(_LevelsDistribution):
         means: list[Tensor] = []
         for colour in range(self.event_shape[0] if self.coupled else 1):
             loc, scale = self._colour(self.loc, self.scale, self.coefficients, colour, means)
-            above_0, above_1 = F.softplus(loc / scale), F.softplus((loc - 1) / scale)
-            means.append((scale * (above_0 - above_1)).clamp(0, 1))
+            means.append(_clamped_mean(loc, scale, F.softplus))
         weights = self.logits.softmax(-self.event_dim - 1)
         return (weights * torch.cat(means, -self.event_dim)).sum(-self.event_dim - 1)
 

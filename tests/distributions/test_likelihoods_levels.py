@@ -298,6 +298,24 @@ def test_means_are_within_half_a_level(levels):
     assert abs(mixture.mean.item() - (p @ grid(levels)).item()) <= half
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
+def test_means_are_mirrored_about_one_half_and_right_far_away(scale):
+    loc = torch.tensor([0.5, 0.6, 0.9, 1.0, 1.3, 4.0, 1e3, 1e7, 1e20], requires_grad=True)
+
+    def means(x):
+        normal = NormalLevels(x, torch.full_like(x, scale), 17).mean
+        parameters = torch.zeros(1, 1), x.unsqueeze(0), torch.full((1, len(x)), scale)
+        return torch.stack([normal, LogisticMixtureLevels(*parameters, event_dim=1, levels=17).mean])
+
+    found = means(loc)
+    torch.testing.assert_close(found, 1 - means(1 - loc), rtol=0, atol=1e-6)
+    assert (found[:, -3:] == 1).all()
+    (slope,) = torch.autograd.grad(found.sum(), loc)
+    (mirrored,) = torch.autograd.grad(means(1 - loc).sum(), loc)
+    torch.testing.assert_close(slope, -mirrored, rtol=1e-3, atol=1e-6)
+    assert slope[0] > 0.1 and (slope[-3:] == 0).all()
+
+
 def test_colour_mean_follows_the_coupling():
     d = colour_mixture(256, scale=0.02)
     x = all_colours(16)
