@@ -51,7 +51,7 @@ from pyrogen.inference.contrasts import CriticBuilder
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP, ConvDecoder, ConvEncoder, Critic
 
-LATENT, BATCH, SCALE = 10, 128, 0.1
+LATENT, BATCH, SCALE = 10, 64, 0.1
 HIDDEN, CHANNELS, HEAD = (256, 256), (16, 32), 128
 LEARNING_RATE = 1e-3
 OPTIMIZER = partial(torch.optim.Adam, betas=(0.5, 0.999))

@@ -153,7 +153,8 @@ class Implicit(nn.Module):
         features: Event shape, or its length ``D``.
         context: Width ``C`` of the context, or 0.
         noise: Number ``n`` of noise inputs; by default D + 16, one for each value and some to choose between modes. 0
-            makes draws a function of the context, which must then be there.
+            makes draws a function of the context, which must then be there: a generator, but no posterior, for with
+            fewer than D draws lie on a surface and every ratio of densities is infinite.
         network: A module from ``(N, C + n)``, the context first, to ``(N, *features)``; ``hidden`` and ``inject`` do
             not apply to it.
         hidden: Widths of the default network's hidden layers.

@@ -13,7 +13,7 @@ from pyrogen.distributions import MultivariateNormal, Normal, Vamp
 from pyrogen.evaluation.running import ROWS, Prepared, global_draws, prepared
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.programs import evaluation_mode, modules_of, unregistered
-from pyrogen.inference.terms import compare_sites, trace_programs
+from pyrogen.inference.terms import compare_sites, nothing, trace_programs
 from pyrogen.networks.mlp import MLP, as_shape
 
 __all__ = ["Proposal", "explicit_guide"]
@@ -24,6 +24,7 @@ CORRELATED = 64
 BATCH = 64
 PARTICLES = 8
 LEARNING_RATE = 3e-3
+GRADIENT_CLIP = 100.0
 
 
 class Proposal(nn.Module):
@@ -159,24 +160,29 @@ def _built(pair: Prepared, model: Callable, guide: Callable) -> AmortizedGuide:
 
 
 def _fit(pair: Prepared, guide: nn.Module, steps: int, size: int) -> None:
-    """Train a guide in place; gradients are taken for its own parameters alone, so that the model gets none."""
+    """Train a guide in place; gradients are taken for its own parameters alone, so that the model gets none.
+
+    Early proposals may be so bad that a weight overflows; such a step is left out, up to half of them.
+    """
     model, program = unregistered(pair.model), unregistered(guide)
     parameters = [*guide.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     guide.train()
+    left_out = 0
     for _ in range(steps):
         chosen = torch.randint(len(pair.batch[0]), (size,), device=pair.batch[0].device)
         traces = trace_programs(model, program, tuple(x[chosen] for x in pair.batch), PARTICLES)
-        # No estimates: what the global sites say of each other is no matter of this guide's.
-        terms = compare_sites(traces, estimates={})
+        # What the global sites say of each other is no matter of this guide's.
+        terms = compare_sites(traces, estimates=nothing(traces, pair.implicit_global))
         loss = math.log(PARTICLES) - torch.logsumexp(terms.log_weights, 0).mean()
-        if torch.isnan(loss):
-            raise ArithmeticError(f"the loss of the explicit guide is NaN; it began at {terms.origin_of_nan()}")
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        optimizer.step()
+        if torch.isfinite(nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)):
+            optimizer.step()
+        elif (left_out := left_out + 1) > steps // 2:
+            raise ArithmeticError(f"the loss of the explicit guide is NaN; it began at {terms.origin_of_nan()}")
         schedule.step()
     for parameter in parameters:
         parameter.grad = None

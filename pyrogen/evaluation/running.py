@@ -28,7 +28,7 @@ from pyrogen.inference.programs import (
     repeat,
     sample_sites,
 )
-from pyrogen.inference.terms import Terms, Traces, compare_sites, trace_programs
+from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
 
 __all__ = ["ROWS", "Prepared", "by_row", "global_draws", "means", "pair_passes", "passes", "prepared"]
 
@@ -288,15 +288,8 @@ def pair_passes(
             batch = tuple(tensor[part] for tensor in pair.batch)
             traces = trace_programs(pair.model, guide, batch, group)
             held = held or global_draws(traces.guide)
-            unknown = {name: _nothing(pair, traces, name) for name in (*pair.implicit_guide, *pair.implicit_prior)}
+            unknown = nothing(traces, (*pair.implicit_guide, *pair.implicit_prior, *pair.implicit_global))
             yield part, group, compare_sites(traces, closed_form=closed_form, estimates=unknown)
-
-
-def _nothing(pair: Prepared, traces: Traces, name: str) -> Tensor:
-    """A ratio of nothing for a site whose ratio is not known."""
-    nodes = traces.model.nodes if name in pair.latents else traces.guide.nodes
-    node: Any = nodes[name]
-    return node["value"].new_zeros(node["fn"].batch_shape)
 
 
 def passes(

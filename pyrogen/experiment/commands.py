@@ -16,6 +16,7 @@ from pyrogen.data import Data
 from pyrogen.evaluation import evaluate, sample
 from pyrogen.experiment.comparison import CONFIGURATION, compare
 from pyrogen.experiment.figures import are_images
+from pyrogen.experiment.parts import Part
 from pyrogen.experiment.programs import amortized_guide
 from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective
 from pyrogen.experiment.table import Comparison
@@ -129,6 +130,8 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
         if objective.uses_guide:
             example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
             guide = amortized_guide(model, settings.build_encoder(data), build_family(settings.family), example)
+        elif settings.family != Part("Normal"):
+            raise ValueError(f"{objective!r} uses no guide, so the family {settings.family!r} has no place in it")
         describe([model, guide])  # so that what can't be loaded again is refused before time is spent on it
         run = fit(
             model,

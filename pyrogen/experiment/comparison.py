@@ -255,7 +255,9 @@ def _train(each: _Fit, data: Any, options: FitOptions, folder: Path | None, resu
 
 
 def _row(run: Run, figures: dict[str, Any]) -> dict[str, Any]:
-    parameters = sum(p.numel() for p in {id(p): p for p in run.programs.parameters()}.values() if p.requires_grad)
+    critics = {id(p) for p in run.objective.critics.parameters()}
+    trained = {id(p): p for p in run.programs.parameters() if p.requires_grad and id(p) not in critics}
+    parameters = sum(p.numel() for p in trained.values())
     return figures | {"seconds": run.seconds, "parameters": parameters}
 
 

@@ -21,6 +21,10 @@ __all__ = ["ROLES", "Part", "call", "describe_part", "names", "resolve"]
 ROLES = ("model", "prior", "likelihood", "encoder", "decoder", "family", "objective")
 
 
+BUILDERS = {"ratio": 1, "visible_ratio": 1, "critic": 2}
+"""Options of objectives that are called for what they are to be, with so many arguments."""
+
+
 class Part:
     """A class or function by name, and the arguments that it shall get.
 
@@ -177,7 +181,7 @@ def _typed(target: Callable, part: Part, role: str, positional: int, given: set[
                 f"the {role} {part.name} has no option '{key}'; {_guess(key, options)}It has "
                 f"{', '.join(options) or 'none'}"
             )
-    built = {key: _option(value) for key, value in part.init_args.items()}
+    built = {key: _option(value, BUILDERS.get(key)) for key, value in part.init_args.items()}
     try:
         values = parser.instantiate(parser.parse_object(built)).as_dict()
     except (ArgumentError, TypeError) as error:
@@ -189,11 +193,13 @@ def _typed(target: Callable, part: Part, role: str, positional: int, given: set[
     return {key: tuple(v) if isinstance(v := values[key], list) else v for key in part.init_args}
 
 
-def _option(value: Any) -> Any:
-    """An argument as it stands, or built where it is a part itself."""
+def _option(value: Any, builder: int | None) -> Any:
+    """An argument as it stands, or built where it is a part itself; of a builder, what builds it."""
     is_part = (
         "class_path" in value if isinstance(value, Mapping) else isinstance(value, str) and value in names("option")
     )
+    if is_part and builder is not None:
+        return partial_of(Part.read(value), "option", builder)
     return call(Part.read(value), "option") if is_part else value
 
 

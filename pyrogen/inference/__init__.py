@@ -1,5 +1,6 @@
 """Guides, objectives and training."""
 
+from pyrogen.inference.adaptive import AdaptiveContrast
 from pyrogen.inference.adversarial import ALI, GAN, VAEGAN
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
@@ -40,6 +41,7 @@ __all__ = [
     "VAEGAN",
     "VGH",
     "WAE",
+    "AdaptiveContrast",
     "AlphaGAN",
     "AmortizedGuide",
     "BetaTCVAE",

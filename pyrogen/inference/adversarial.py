@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrogen.inference.adaptive import Covariance
-from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, VisibleContrast
+from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, VisibleContrast, build_ratio
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.hybrids import SMOOTH, CriticObjective, Hybrid
 from pyrogen.inference.matching import check_unmasked, check_weights
@@ -35,16 +35,27 @@ class _Adversarial(CriticObjective):
 
     validates_as: ClassVar[str | None] = None
 
-    def __init__(self, loss: GANLoss = "non-saturating", *, r1: float = 0.0, critic: CriticBuilder = Critic) -> None:
+    def __init__(
+        self,
+        loss: GANLoss = "non-saturating",
+        *,
+        r1: float = 0.0,
+        gradient_penalty: float = 10.0,
+        critic: CriticBuilder = Critic,
+    ) -> None:
         super().__init__()
         if loss not in get_args(GANLoss):
             raise ValueError(f"loss is one of {', '.join(get_args(GANLoss))}, got {loss!r}")
         self.loss_ = loss  # the plain name is that of the method by which Pyro asks for a loss
+        check_weights(r1=r1, gradient_penalty=gradient_penalty)
         self.r1 = r1
+        self.gradient_penalty = gradient_penalty
         self.critic = critic
         self.critic_steps = 5 if loss == "wasserstein-gp" else 1
 
     def _ratio(self, critic: nn.Module) -> Ratio:
+        if self.loss_ == "wasserstein-gp":
+            return Wasserstein(critic, gradient_penalty=self.gradient_penalty, r1=self.r1)
         return RATIOS[self.loss_](critic, r1=self.r1)
 
     def __repr__(self) -> str:
@@ -69,6 +80,7 @@ class GAN(_Adversarial):
         loss: One of these.
         r1: Weight of a penalty on the critic's slope at the data (Mescheder, Geiger & Nowozin 2018, 1801.04406); 1
             keeps a critic of images from telling all apart.
+        gradient_penalty: Weight of the penalty of ``"wasserstein-gp"``; 0 with a critic under spectral normalisation.
         critic: What makes a critic, called as ``critic(event_shape, context)``.
 
     Raises:
@@ -119,6 +131,7 @@ class ALI(_Adversarial):
         loss: As for :class:`GAN`; the guide's loss is the mirror image of the model's.
         r1: Weight of a penalty on the critic's slope at the guide's pairs (Mescheder, Geiger & Nowozin 2018,
             1801.04406).
+        gradient_penalty: As for :class:`GAN`.
         critic: What makes a critic, called as ``critic(event_shape, context)``: its samples are x, its context is z.
 
     Raises:
@@ -172,7 +185,7 @@ class JointContrast(Contrast):
     def __init__(self, draws: Draws, ratio: RatioBuilder, critic: CriticBuilder) -> None:
         super().__init__()
         (x, z), _ = self.pairs(draws)
-        self.ratio = ratio(critic(tuple(x.shape[1:]), z.shape[-1]))
+        self.ratio = build_ratio(ratio, critic, x.shape[1:], z.shape[-1])
 
     def pairs(self, draws: Draws) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(x, z) of the guide and of the model, ``(B, *event_shape)`` and ``(B, n)`` each, with gradients."""

@@ -92,14 +92,14 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise ValueError(
-            f"{where} belongs to another model or guide: it lacks {missing[:5] or 'nothing'} and has "
-            f"{extra[:5] or 'nothing'} besides; build both as they were when it was saved"
+            f"{where} belongs to another model, guide or objective: it lacks {missing[:5] or 'nothing'} and has "
+            f"{extra[:5] or 'nothing'} besides; build all as they were when it was saved"
         )
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(
-                f"{where} belongs to another model or guide: {name} has shape {tuple(tensors[name].shape)} there and "
-                f"{tuple(tensor.shape)} here"
+                f"{where} belongs to another model, guide or objective: {name} has shape "
+                f"{tuple(tensors[name].shape)} there and {tuple(tensor.shape)} here"
             )
     with torch.no_grad():
         for name, tensor in own.items():

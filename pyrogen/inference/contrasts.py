@@ -6,21 +6,31 @@ gradients, so that the two never mix.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from pyro.distributions.transforms import biject_to
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
 from pyrogen.distributions.implicit import is_implicit
 from pyrogen.inference.adaptive import AdaptiveContrast, Covariance, Reference
 from pyrogen.inference.draws import Draws, elements, from_elements
 from pyrogen.inference.matching import check_unmasked
-from pyrogen.inference.programs import before, is_real
-from pyrogen.inference.ratios import Ratio
+from pyrogen.inference.programs import before, is_real, per_row, repeat
+from pyrogen.inference.ratios import OwnRatio, Ratio
+from pyrogen.inference.terms import unmasked
 
-__all__ = ["Contrast", "CriticBuilder", "LatentContrast", "RatioBuilder", "SiteContrast", "VisibleContrast"]
+__all__ = [
+    "Contrast",
+    "CriticBuilder",
+    "LatentContrast",
+    "RatioBuilder",
+    "SiteContrast",
+    "VisibleContrast",
+    "build_ratio",
+]
 
 MOMENT_DRAWS = 32
 """How many draws of a site at least give the moments of its adaptive contrast."""
@@ -32,8 +42,34 @@ CriticBuilder = Callable[[int | tuple[int, ...], int], nn.Module]
 """What makes a critic of an event shape and the width of a context, such as :class:`~pyrogen.networks.Critic`."""
 
 
+def build_ratio(ratio: RatioBuilder, critic: CriticBuilder, shape: Sequence[int], context: int) -> Ratio:
+    """A ratio of a new critic for samples of a shape, which checks the critic's scores for it.
+
+    Raises:
+        TypeError: If either is no such builder.
+    """
+    for builder, what in ((critic, "critic, called as critic(event_shape, context)"), (ratio, "ratio of a critic")):
+        if isinstance(builder, nn.Module):
+            raise TypeError(
+                f"expected what makes a {what}, got a {type(builder).__name__} that is made already; pass the class, "
+                "or functools.partial of it with options"
+            )
+    try:
+        made = critic(tuple(shape), context)
+    except TypeError as error:
+        raise TypeError(f"what makes a critic is called as critic(event_shape, context): {error}") from error
+    built = ratio(made)
+    if not isinstance(built, Ratio):
+        built = OwnRatio(built)
+    built.event_dim = len(shape)
+    return built
+
+
 class Contrast(nn.Module):
     """Base: what every contrast offers an objective."""
+
+    settles: bool = False
+    """Whether its critic is at chance where all is well."""
 
     def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """What its critics minimise, and the share of draws that the first assigns to the right side, both ``()``."""
@@ -73,7 +109,7 @@ class SiteContrast(Contrast):
         self.moment_draws = MOMENT_DRAWS if covariance == "diagonal" else max(MOMENT_DRAWS, 2 * math.prod(shape))
 
         def build(given: Tensor | None) -> Ratio:
-            return ratio(critic(shape, 0 if given is None else given.shape[-1]))
+            return build_ratio(ratio, critic, shape, 0 if given is None else given.shape[-1])
 
         self.of_guide: AdaptiveContrast | None = None
         self.of_model: AdaptiveContrast | None = None
@@ -90,9 +126,11 @@ class SiteContrast(Contrast):
                 self.of_model = AdaptiveContrast(build(parents), covariance)
         if is_implicit(model):
             self.of_prior = build(parents)
+        self.settles = self.of_both is None  # the normal of an adaptive contrast may be all that there is
 
     def estimate(self, draws: Draws) -> Tensor:
-        """log q − log p in nats, in the batch shape of the site; its gradient is that along the guide's draws."""
+        """log q − log p in nats, in the batch shape of the site, as if nothing of it were masked; its gradient is that
+        along the guide's draws."""
         q, p = draws.guide[self.name], draws.model[self.name]
         z, context = self._values(draws, p["value"]), self._context(draws, draws.context(self.name))
         if self.of_both is not None:
@@ -104,20 +142,22 @@ class SiteContrast(Contrast):
             parents = self._context(draws, draws.parents(self.name))
             log_p = self._on_site(draws, p, self.of_model.log_density(z, parents, self._reference_of_model(draws)))
         log_q = q["fn"].log_prob(q["value"]) if log_q is None else log_q
-        return log_q - (p["fn"].log_prob(p["value"]) if log_p is None else log_p)
+        return log_q - (unmasked(p["fn"])[0].log_prob(p["value"]) if log_p is None else log_p)
 
     def prior_term(self, draws: Draws) -> Tensor | float:
         """What teaches the model's side, where :meth:`estimate` does not: its gradient is that of −E log p(z)."""
         if self.of_prior is None and self.of_both is None:
             return 0.0
-        node = draws.detached[self.name]
+        node = draws.detached_latents[self.name]
         if self.of_prior is None:
-            return -surplus(node["fn"].log_prob(node["value"]))
-        if not (draw := node["fn"].rsample()).requires_grad:
+            return without_value(-per_row(node, node["fn"].log_prob(node["value"])).mean())
+        fn, mask = unmasked(node["fn"])
+        if not (draw := fn.rsample()).requires_grad:
             return 0.0
         parents = self._context(draws, draws.parents(self.name))
         given = None if parents is None else parents.detach()
-        return self_normalised(self.of_prior.log_ratio(self._values(draws, draw), given))
+        terms = from_elements(node, self_normalised(self.of_prior.log_ratio(self._values(draws, draw), given)))
+        return without_value(per_row(node, scale_and_mask(terms, mask=mask)).mean())
 
     def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
         z = self._values(draws, draws.model[self.name]["value"]).detach()
@@ -139,7 +179,7 @@ class SiteContrast(Contrast):
         """A draw of the model's side for each of the guide's, as a constant, ``(K, B, P, *event)``."""
         return draws.once(
             f"prior draws of {self.name}",
-            lambda: self._values(draws, draws.detached[self.name]["fn"].sample()),
+            lambda: self._values(draws, draws.detached_latents[self.name]["fn"].sample()),
         )
 
     def _reference_of_guide(self, draws: Draws) -> Reference:
@@ -163,12 +203,16 @@ class SiteContrast(Contrast):
         return draws.once(f"reference of {self.name} in the guide", reference)
 
     def _reference_of_model(self, draws: Draws) -> Reference:
-        """The normal that stands for an implicit p, of all its draws together."""
+        """The normal that stands for an implicit p, of all its draws together; of a small batch there are more."""
         assert self.of_model is not None
         covariance = self.of_model.covariance
 
         def reference() -> Reference:
-            return Reference.of(self._prior_draws(draws).flatten(0, 1), self.event_dim, covariance)
+            own = self._prior_draws(draws).flatten(0, 1)
+            more = math.ceil(self.moment_draws / len(own)) - 1
+            fresh = draws.detached_latents[self.name]["fn"].sample((more,)) if more > 0 else ()
+            pool = torch.cat([own, *(self._values(draws, value).flatten(0, 1) for value in fresh)])
+            return Reference.of(pool, self.event_dim, covariance)
 
         return draws.once(f"reference of {self.name} in the model", reference)
 
@@ -220,7 +264,7 @@ class LatentContrast(Contrast):
         super().__init__()
         for name in draws.local:
             check_unmasked(name, draws.model[name])
-        self.ratio = ratio(critic(draws.latents(draws.model, draws.local).shape[-1], 0))
+        self.ratio = build_ratio(ratio, critic, draws.latents(draws.model, draws.local).shape[-1:], 0)
 
     def estimate(self, draws: Draws) -> Tensor:
         """log q(z) − log p(z) at the guide's draws in nats, ``(K, B)``."""
@@ -229,16 +273,17 @@ class LatentContrast(Contrast):
     def prior_term(self, draws: Draws) -> Tensor | float:
         """What teaches the model's sites; see :class:`SiteContrast`."""
         if any(is_implicit(draws.model[name]["fn"]) for name in draws.local):
-            z = draws.latents(draws.prior, draws.local)
-            return self_normalised(self.ratio.log_ratio(z)) if z.requires_grad else 0.0
+            z = draws.latents(draws.prior_latents, draws.local)
+            return without_value(self_normalised(self.ratio.log_ratio(z)).mean()) if z.requires_grad else 0.0
         first = draws.model[draws.local[0]]
         if len(draws.local) == 1 and not first["fn"].log_prob(first["value"].detach()).requires_grad:
             return 0.0  # a fixed prior has nothing to learn, and needs no further run of the model
-        nodes = [draws.detached[name] for name in draws.local]
-        return -sum(surplus(node["fn"].log_prob(node["value"])) for node in nodes)
+        nodes = [draws.detached_latents[name] for name in draws.local]
+        log_p = torch.stack([per_row(node, node["fn"].log_prob(node["value"])).mean() for node in nodes])
+        return without_value(-log_p.sum())
 
     def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior))
+        z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior_latents))
         return self.ratio.loss_and_accuracy(z, prior)
 
 
@@ -254,34 +299,28 @@ class VisibleContrast(Contrast):
         super().__init__()
         self.reconstructions = reconstructions
         self.samples = samples
-        self.ratio = ratio(critic(tuple(draws.data().shape[1:]), 0))
+        self.ratio = build_ratio(ratio, critic, draws.data().shape[1:], 0)
 
     def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        data = draws.data().detach()
-        both = [self.ratio.loss_and_accuracy(data, fake) for fake in self._fakes(draws)]
-        loss, accuracy = (torch.stack(values).mean() for values in zip(*both, strict=True))
-        return loss, accuracy
-
-    def _fakes(self, draws: Draws) -> list[Tensor]:
-        fakes = []
+        data, rows, fakes = draws.data().detach(), len(draws.batch[0]), []
         if self.reconstructions:
-            fakes.append(draws.reconstructions.detach()[: len(draws.batch[0])])
+            fakes.append(draws.reconstructions.detach()[:rows])
         if self.samples:
-            fakes.append(draws.samples.detach()[: len(draws.batch[0])])
-        return fakes
+            fakes.append(draws.samples.detach()[:rows])
+        if self.ratio.needs_pairs:
+            data = repeat((data,), len(fakes))[0]
+        return self.ratio.loss_and_accuracy(data, torch.cat(fakes))
 
 
-def surplus(log_prob: Tensor) -> Tensor:
-    """Nothing, with the gradient of the mean log-density."""
-    mean = log_prob.mean()
-    return mean - mean.detach()
+def without_value(value: Tensor) -> Tensor:
+    """Nothing, with the gradient of a value."""
+    return value - value.detach()
 
 
 def self_normalised(log_ratio: Tensor) -> Tensor:
-    """Nothing, with the gradient of −Σ w log q/p at a model's own draws, w ∝ q/p."""
-    flat = log_ratio.flatten()
-    value = -(torch.softmax(flat.detach(), 0) * flat).sum()
-    return value - value.detach()
+    """−w log q/p at a model's own draws, with weights w ∝ q/p whose mean over all is 1."""
+    weights = torch.softmax(log_ratio.detach().flatten(), 0) * log_ratio.numel()
+    return -weights.view_as(log_ratio) * log_ratio
 
 
 def _check_order(draws: Draws, name: str) -> None:

@@ -1,11 +1,13 @@
 """What one step has drawn, as objectives and their critics look at it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrogen.distributions.implicit import is_implicit
@@ -13,7 +15,7 @@ from pyrogen.inference.guides import flattened
 from pyrogen.inference.programs import Site, before, data_frame, latent_sites, observed_sites, repeat, sample_sites
 from pyrogen.inference.terms import Traces, trace_programs
 
-__all__ = ["Draws", "elements", "from_elements"]
+__all__ = ["Draws", "by_value", "draw_only", "elements", "from_elements"]
 
 
 class Draws:
@@ -60,22 +62,38 @@ class Draws:
     @cached_property
     def detached(self) -> dict[str, dict[str, Any]]:
         """The model's sites, run on the guide's draws without their gradients."""
-        held = poutine.Trace()
-        for name, node in self.guide.items():
-            held.add_node(name, **node | {"value": node["value"].detach()})
         with torch.set_grad_enabled(self.gradients):
-            return sample_sites(poutine.trace(poutine.replay(self.program, trace=held)).get_trace(*self.rows))
+            return sample_sites(poutine.trace(self._on_constants(self.guide)).get_trace(*self.rows))
+
+    @cached_property
+    def detached_latents(self) -> dict[str, dict[str, Any]]:
+        """Of :attr:`detached` the per-observation latent sites, without what the model does after them."""
+        with torch.set_grad_enabled(self.gradients):
+            return draw_only(self._on_constants(self.guide), self.local, self.rows)
 
     @cached_property
     def prior_trace(self) -> poutine.Trace:
         """The model run on its own with nothing observed, at the guide's global sites."""
-        known = poutine.Trace()
-        for name, node in self.guide.items() if self.with_guide else ():
-            if data_frame(node) is None:
-                known.add_node(name, **node | {"value": node["value"].detach()})
-        program = poutine.uncondition(poutine.replay(self.program, trace=known))
         with torch.set_grad_enabled(self.gradients):
-            return poutine.trace(program).get_trace(*self.rows)
+            return poutine.trace(self._alone()).get_trace(*self.rows)
+
+    @cached_property
+    def prior_latents(self) -> dict[str, dict[str, Any]]:
+        """The per-observation latent sites of another such run, without what the model does after them."""
+        with torch.set_grad_enabled(self.gradients):
+            return draw_only(self._alone(), self.local, self.rows)
+
+    def _alone(self) -> Callable:
+        known = self.guide.items() if self.with_guide else ()
+        shared = {name: node for name, node in known if data_frame(node) is None}
+        return poutine.uncondition(self._on_constants(shared))
+
+    def _on_constants(self, nodes: dict[str, dict[str, Any]]) -> Callable:
+        """The model at the values of some sites, without their gradients."""
+        held = poutine.Trace()
+        for name, node in nodes.items():
+            held.add_node(name, **node | {"value": node["value"].detach()})
+        return poutine.replay(self.program, trace=held)
 
     @cached_property
     def prior(self) -> dict[str, dict[str, Any]]:
@@ -126,7 +144,7 @@ class Draws:
     def visible(self, nodes: dict[str, dict[str, Any]]) -> Tensor:
         """What a run of the model shows at its observed sites, ``(K * B, *event_shape)``, with gradients."""
         with torch.set_grad_enabled(self.gradients):
-            return self._visible({name: _shown(nodes[name]) for name in self.visible_names()})
+            return self._visible({name: _shown(name, nodes[name]) for name in self.visible_names()})
 
     @cached_property
     def reconstructions(self) -> Tensor:
@@ -146,12 +164,66 @@ class Draws:
         return value.reshape(rows, 1) if value.dim() == 1 else value
 
 
-def _shown(node: dict[str, Any]) -> Tensor:
+def _shown(name: str, node: dict[str, Any]) -> Tensor:
     """A draw with gradients from the distribution of an observed site; of a discrete one its mean."""
     fn = node["fn"]
-    if not (is_implicit(fn) or fn.has_rsample):
-        return fn.mean
-    return fn.rsample() if node["is_observed"] else node["value"]
+    if is_implicit(fn) or fn.has_rsample:
+        return fn.rsample() if node["is_observed"] else node["value"]
+    if isinstance(by_value(fn), torch.distributions.Categorical):
+        raise ValueError(
+            f"a critic sees the mean of a discrete observed site, and the Categorical at '{name}' has none: its values "
+            "are mere names. Observe it one-hot, by OneHotCategorical"
+        )
+    return fn.mean
+
+
+class _AllDrawn(Exception):
+    """All the sites that were wanted have been drawn."""
+
+
+def _stop(message: Any) -> None:
+    raise _AllDrawn
+
+
+class _Drawing(Messenger):
+    """Keep some sites as a program draws them, and end it with the last."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.waiting = set(names)
+        self.nodes: dict[str, Any] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.waiting:
+            self.waiting.remove(msg["name"])
+            self.nodes[msg["name"]] = msg
+            if not self.waiting:
+                msg["continuation"] = _stop
+
+
+def draw_only(program: Callable, names: Sequence[str], rows: tuple[Tensor, ...]) -> dict[str, dict[str, Any]]:
+    """Some sites as a program draws them, which ends with the last of them: what would follow is a decoder, whose
+    result is not needed and whose running statistics should not see these draws.
+
+    Raises:
+        ValueError: If the program ends before all of them are drawn.
+    """
+    drawing = _Drawing(names)
+    try:
+        with drawing:
+            program(*rows)
+    except _AllDrawn:
+        return {name: drawing.nodes[name] for name in names}
+    raise ValueError(
+        f"the model draws the latent sites {sorted(drawing.waiting)} only when something is observed; draw them always"
+    )
+
+
+def by_value(fn: Any) -> Any:
+    """A distribution without the declaration that its independent values are one event."""
+    while isinstance(fn, dist.Independent):
+        fn = fn.base_dist
+    return fn
 
 
 def elements(node: dict[str, Any], value: Tensor, particles: int) -> Tensor:

@@ -15,11 +15,11 @@ critics see draws without gradients, programs see critics with their weights hel
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
@@ -33,10 +33,11 @@ from pyrogen.inference.contrasts import (
 )
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.guides import AmortizedGuide, stand_in_batch
+from pyrogen.inference.matching import check_weights
 from pyrogen.inference.objectives import Estimate, Objective, ObjectiveModule
-from pyrogen.inference.programs import make_example, rehearsal, repeat
+from pyrogen.inference.programs import bare_program, make_example, rehearsal, repeat
 from pyrogen.inference.ratios import Logistic, Ratio
-from pyrogen.inference.terms import Terms, compare_sites, frozen, has_no_density
+from pyrogen.inference.terms import Terms, compare_sites, frozen, has_no_density, nothing
 from pyrogen.inference.watch import PREFIX
 from pyrogen.networks.critics import Critic
 
@@ -61,7 +62,7 @@ class CriticObjective(Objective):
 
     def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
         super().__init__(particles, observations=observations)
-        self.prepared = False
+        self._prepared_for: tuple[int, ...] | None = None
         self._name = f"critics {next(_NUMBER)}"  # Pyro's parameter store is global, and critics never shared
 
     def __call__(self, model: Callable, guide: Callable | None) -> ObjectiveModule:  # type: ignore[override]
@@ -70,7 +71,7 @@ class CriticObjective(Objective):
         Raises:
             ValueError: If the shapes for the critics can't be read off the programs; call :meth:`prepare` first.
         """
-        if not self.prepared:
+        if self._prepared_for is None:
             if isinstance(guide, AmortizedGuide) and guide.example is not None:
                 batch = make_example(guide.example)
             else:
@@ -87,20 +88,31 @@ class CriticObjective(Objective):
     def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
         """Build the critics for the programs, once, from a run on a batch; only the first two rows of it are used.
 
+        Critics that are there already are kept where they fit the programs, also other ones than they were built for.
+
         Raises:
-            ValueError: If the objective can't serve these programs, or a critic does not fit what it looks at.
+            ValueError: If the objective can't serve these programs, or a critic does not fit what it looks at; if
+                critics are there and were built for programs with other sites.
         """
-        if self.prepared:
+        programs = tuple(id(bare_program(program)) for program in (model, guide))
+        if self._prepared_for == programs:
             return
         self.check_guide(guide)
         rows = tuple(x[:2] for x in batch)
         with rehearsal(model, guide):
             draws = Draws(model, guide if self.uses_guide else None, rows, self.particles)
-            for name, contrast in self.contrasts(draws).items():
-                self.critics[name] = contrast.to(rows[0].device, rows[0].dtype)
-                _check_contrast(name, contrast, draws)
+            contrasts = self.contrasts(draws)
+            if self._prepared_for is None:
+                for name, contrast in contrasts.items():
+                    self.critics[name] = contrast.to(rows[0].device, rows[0].dtype)
+                    _check_contrast(name, contrast, draws)
+            elif _shapes(nn.ModuleDict(contrasts)) != _shapes(self.critics):
+                raise ValueError(
+                    f"this {type(self).__name__} has critics that were built for programs with other sites: "
+                    f"{[*self.critics] or 'none'}, where {[*contrasts] or 'none'} are needed now; use a new one"
+                )
             self.of_program(draws)  # so that what this can't serve is found before training
-        self.prepared = True
+        self._prepared_for = programs
 
     def check_guide(self, guide: Callable | None) -> None:
         """Raise a ``ValueError`` for a guide too many or one too few."""
@@ -153,10 +165,16 @@ class CriticObjective(Objective):
         return loss
 
 
+def _shapes(critics: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in critics.state_dict().items()}
+
+
 def _check_contrast(name: str, contrast: Any, draws: Draws) -> None:
     """Run a contrast once, so that a critic of a wrong shape is found before training."""
     try:
         loss, _ = contrast.loss_and_accuracy(draws)
+    except NotImplementedError:
+        raise
     except (RuntimeError, IndexError) as error:
         raise ValueError(
             f"the critic of '{name}' does not fit what it looks at ({error}); it is called as critic(z, context) and "
@@ -214,8 +232,19 @@ class Hybrid(CriticObjective):
         observations: int | None = None,
     ) -> None:
         super().__init__(particles, observations=observations)
+        check_weights(
+            log_likelihood=log_likelihood,
+            reconstruction=reconstruction,
+            latent=0.0 if callable(latent) else latent,
+            visible_reconstructions=visible_reconstructions,
+            visible_samples=visible_samples,
+        )
         if match not in ("conditional", "marginal"):
             raise ValueError(f"match is 'conditional' or 'marginal', got {match!r}")
+        if not any((log_likelihood, reconstruction, latent, visible_reconstructions, visible_samples)):
+            raise ValueError("all weights are 0, so there is nothing to minimise")
+        if covariance not in get_args(Covariance):
+            raise ValueError(f"covariance is 'diagonal' or 'full', got {covariance!r}")
         if contrast not in ("adaptive", "none"):
             raise ValueError(f"contrast is 'adaptive' or 'none', got {contrast!r}")
         self.log_likelihood = log_likelihood
@@ -240,10 +269,7 @@ class Hybrid(CriticObjective):
                 if not has_no_density(draws.guide[name], draws.model[name]):
                     continue
                 if site.is_global:
-                    raise ValueError(
-                        f"the global site '{name}' is implicit; one draw of it in a step is too little for a critic. "
-                        "Give it an explicit family such as Normal or Flow"
-                    )
+                    continue  # it has no place in any objective, as comparing the sites says
                 if self.contrast == "adaptive" and self.particles < 2:
                     raise ValueError(
                         f"adaptive contrast at site '{name}' takes moments over particles; expected particles of at "
@@ -295,6 +321,9 @@ class Hybrid(CriticObjective):
     def _compared(self, draws: Draws) -> Terms:
         sites = {name: part for name, part in self.critics.items() if isinstance(part, SiteContrast)}
         estimates = {name: contrast.estimate(draws) for name, contrast in sites.items()}
+        if not (self.latent and self.match == "conditional"):
+            implicit = [name for name in draws.local if has_no_density(draws.guide[name], draws.model[name])]
+            estimates |= nothing(draws.traces, implicit)
         terms = compare_sites(draws.traces, observations=self.observations, closed_form=True, estimates=estimates)
         if self.log_likelihood and len(terms.log_likelihoods) < len(draws.visible_names()):
             raise NoDensityError(
@@ -370,6 +399,7 @@ class AVB(Hybrid):
         critic: CriticBuilder = Critic,
         observations: int | None = None,
     ) -> None:
+        check_weights(beta=0.0 if callable(beta) else beta)
         super().__init__(
             particles,
             latent=beta,
@@ -405,6 +435,7 @@ class AAE(Hybrid):
         critic: CriticBuilder = Critic,
         observations: int | None = None,
     ) -> None:
+        check_weights(weight=weight)
         super().__init__(
             particles, latent=weight, match="marginal", ratio=ratio, critic=critic, observations=observations
         )

@@ -79,6 +79,8 @@ class Training:
             self.optimizers["critic"] = _adam(
                 critics, self.learning_rates["critic"], options, fabric.device, betas=options.critic.betas
             )
+        contrasts: Any = run.objective.critics.items()
+        self.settling = {name for name, contrast in contrasts if contrast.settles}
         self.critic_steps = (options.critic.steps or run.objective.critic_steps) if critics else 1
         self.module: Any
         self.module, *steppers = fabric.setup(self.programs, *self.optimizers.values())
@@ -92,6 +94,11 @@ class Training:
         self.fingerprint = batches.fingerprint()
         self.validation = None if validation is None else validation.to(fabric.device, dtype)
         self.total = options.steps or (options.epochs or 0) * batches.per_epoch
+        if critics and options.critic.warmup >= self.total:
+            raise ValueError(
+                f"the critics' warm-up of {options.critic.warmup} steps takes all {self.total} of this fit, so the "
+                "program would never move; train for longer, or choose a shorter warmup"
+            )
         self.step = 0
         self.best = -math.inf
         self.best_weights: dict[str, Tensor] = {}
@@ -143,7 +150,7 @@ class Training:
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
         row = {"epoch": epoch + 1, "step": self.step} | {name: float(v) / count for name, v in sums.items()}
-        self.watch.look(row, count)
+        self.watch.look(row, count, self.settling)
         row["validation"] = math.nan
         row[self.run.objective.validates_as or "validation"] = self._validate(epoch)
         row |= {"learning_rate": self.optimizers["program"].param_groups[0]["lr"], "seconds": self.run.seconds}
@@ -163,7 +170,10 @@ class Training:
         loss = self.module(*batch)
         estimate: Any = self.programs.latest
         if not math.isfinite(loss.item()):
-            raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", estimate.terms.origin_of_nan()))
+            origin = estimate.terms.origin_of_nan()
+            if estimate.of_program is not None and math.isfinite(estimate.of_program.item()):
+                origin = "the critics' own loss, whose learning rate is that of critic=CriticOptions(learning_rate=...)"
+            raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", origin))
         for stepper in self.steppers.values():
             stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
@@ -337,7 +347,8 @@ class Training:
         load_weights(self.run.programs, under("weights."), CHECKPOINT)
         for kind, optimizer in self.optimizers.items():
             load_optimizer(optimizer, under(f"optimizer.{kind}."), values["optimizers"][kind])
-        self.averaged = [under("averaged.")[str(index)] for index in range(len(self.averaged))]
+        for index, tensor in enumerate(self.averaged):
+            tensor.copy_(under("averaged.")[str(index)])
         self.watch = CriticWatch(**values["watch"])
         self.fabric.strategy.precision.load_state_dict(values["precision"])
         self.best_weights = under("best.")

@@ -6,6 +6,7 @@ training. What compares whole distributions is estimated from one batch, so it d
 objectives want batches of a hundred rows and more.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -14,17 +15,24 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrogen.distributions.implicit import NoDensityError
-from pyrogen.inference.draws import elements
+from pyrogen.distributions.implicit import NoDensityError, is_implicit
+from pyrogen.inference.draws import by_value, draw_only, elements
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
 from pyrogen.inference.objectives import Estimate, Objective
 from pyrogen.inference.programs import data_frame, observed_sites, per_row, sample_sites
-from pyrogen.inference.terms import Terms, Traces, compare_sites, has_no_density, trace_programs, without_density
+from pyrogen.inference.terms import (
+    Terms,
+    Traces,
+    compare_sites,
+    has_no_density,
+    nothing,
+    trace_programs,
+    without_density,
+)
 
-__all__ = ["WAE", "InfoVAE", "Matching", "Parts", "by_value", "check_unmasked", "check_weights"]
+__all__ = ["WAE", "InfoVAE", "Matching", "Parts", "check_unmasked", "check_weights"]
 
 Parts = dict[str, tuple[float, Tensor]]
 """The figures of which a loss is made, by name: the weight and the mean over the batch."""
@@ -82,8 +90,9 @@ class WAE(Matching):
     Args:
         weight: λ. The authors' experiments have 10 on MNIST and 100 on CelebA, with squared errors that their code
             multiplies by 0.05.
-        cost: c. By default −log p(x | z) in nats, for any model; ``"squared error"`` or ``"absolute error"`` between x
-            and the mean of the likelihood, summed over the values of x, in units of the data.
+        cost: c. By default −log p(x | z) in nats, for any model with a density there; ``"squared error"`` or
+            ``"absolute error"`` between x and the mean of the likelihood, of an implicit one a draw, summed over the
+            values of x, in units of the data.
         kernel: Such as :class:`~pyrogen.inference.InverseMultiquadraticKernel`, the default.
         particles: Number K of draws for each observation; cost and discrepancy are averaged over them.
         observations: See :class:`Objective`.
@@ -124,24 +133,24 @@ class WAE(Matching):
             ValueError: Always.
         """
         raise ValueError(
-            "WAE bounds no log-likelihood; evaluate with pyrogen.evaluation.log_likelihood and an explicit guide, or "
-            "with annealed importance sampling"
+            "WAE bounds no log-likelihood; evaluate estimates it, where the guide has no density with an explicit one "
+            "fitted to the frozen model"
         )
 
     def compared(self, traces: Traces) -> Terms:
         drawn, modelled = sample_sites(traces.guide), sample_sites(traces.model)
-        # Per-observation sites are given, as nothing, so that their densities are not asked for.
-        nothing = {
-            name: node["value"].new_zeros(node["fn"].batch_shape)
+        local = [
+            name
             for name, node in drawn.items()
             if not node["is_observed"] and data_frame(modelled.get(name, node)) is not None
-        }
-        return compare_sites(traces, observations=self.observations, closed_form=True, estimates=nothing)
+        ]
+        unasked = nothing(traces, local)
+        return compare_sites(traces, observations=self.observations, closed_form=True, estimates=unasked)
 
     def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
         for name, node in observed_sites(traces.model).items():
             if self.cost is None and has_no_density(node):
-                raise NoDensityError(without_density(name))
+                raise NoDensityError(without_density(name, observed=True))
         parts: Parts = {}
         if self.cost is not None:
             parts[self.cost.replace(" ", "_")] = 1.0, _error(traces, self.cost).mean()
@@ -204,10 +213,12 @@ class InfoVAE(Matching):
 
 
 def check_weights(**weights: float) -> None:
-    """Raise a ``ValueError`` for a negative weight, by its name."""
+    """Raise a ``ValueError`` for a weight that is negative or not finite, by its name."""
     for name, value in weights.items():
         if value < 0:
             raise ValueError(f"{name} cannot be negative, got {value}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 def _error(traces: Traces, cost: str) -> Tensor:
@@ -217,7 +228,8 @@ def _error(traces: Traces, cost: str) -> Tensor:
         if data_frame(node) is None:
             continue  # it counts among the global sites, by its density
         try:
-            difference = node["value"] - node["fn"].mean
+            fn = node["fn"]
+            difference = node["value"] - (fn.rsample() if is_implicit(fn) else fn.mean)
         except (NotImplementedError, AttributeError) as error:
             raise ValueError(
                 f"cost={cost!r} compares x with the mean of the likelihood, but the {type(node['fn']).__name__} at the "
@@ -281,50 +293,10 @@ def check_unmasked(name: str, node: dict[str, Any]) -> None:
         )
 
 
-class _AllDrawn(Exception):
-    """All the sites that were wanted have been drawn."""
-
-
-def _stop(message: Any) -> None:
-    raise _AllDrawn
-
-
-class _Drawing(Messenger):
-    """Keep some sites as a program draws them, and end it with the last: what would follow is a decoder, whose result
-    is not needed and whose running statistics should not see these draws."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.waiting = set(names)
-        self.nodes: dict[str, Any] = {}
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.waiting:
-            self.waiting.remove(msg["name"])
-            self.nodes[msg["name"]] = msg
-            if not self.waiting:
-                msg["continuation"] = _stop
-
-
 def _prior_draws(model: Callable, traces: Traces, sites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per-observation latent sites as the model draws them on its own, at the guide's draws of global ones."""
     shared = poutine.Trace()
     for name, node in sample_sites(traces.model).items():
         if data_frame(node) is None and not node["is_observed"]:
             shared.add_node(name, **node)
-    drawing = _Drawing([*sites])
-    try:
-        with drawing:
-            poutine.uncondition(poutine.replay(model, trace=shared))(*traces.rows)
-    except _AllDrawn:
-        return {name: drawing.nodes[name] for name in sites}
-    raise ValueError(
-        f"the model draws the latent sites {sorted(drawing.waiting)} only when something is observed; draw them always"
-    )
-
-
-def by_value(fn: Any) -> Any:
-    """A distribution without the declaration that its independent values are one event."""
-    while isinstance(fn, dist.Independent):
-        fn = fn.base_dist
-    return fn
+    return draw_only(poutine.uncondition(poutine.replay(model, trace=shared)), [*sites], traces.rows)

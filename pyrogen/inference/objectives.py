@@ -15,6 +15,8 @@ their divergence, divided by the number N of observations in the whole data set:
 so that the expected loss of a minibatch is that of the whole data set.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ class ObjectiveModule(nn.Module):
         self.latest: Estimate | None = None
 
     def forward(self, *batch: Tensor) -> Tensor:
-        """The loss of a batch; ``latest`` then holds the whole :class:`Estimate`."""
+        """The loss of a batch, that of critics included; ``latest`` then holds the whole :class:`Estimate`."""
         with pyro.get_param_store().scope(self._store):
             self.latest = self.elbo.estimate(*self._programs, *as_batch(batch))
         return self.latest.loss
@@ -91,8 +93,8 @@ class Objective(pyro.infer.ELBO):
     uses_guide: ClassVar[bool] = True
 
     def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
-        if particles < 1:
-            raise ValueError(f"particles must be at least 1, got {particles}")
+        if not isinstance(particles, int) or particles < 1:
+            raise ValueError(f"particles must be a whole number of at least 1, got {particles!r}")
         super().__init__(num_particles=particles)
         self.particles = particles
         self.observations = observations
@@ -159,7 +161,10 @@ class Objective(pyro.infer.ELBO):
             return self.differentiable_loss(model, guide, *batch).item()
 
     def loss_and_grads(self, model: Callable, guide: Callable, *batch: Tensor) -> float:
-        """The loss as a number, its gradients added to the parameters; what ``pyro.infer.SVI`` calls."""
+        """The loss as a number, its gradients added to the parameters; what ``pyro.infer.SVI`` calls.
+
+        With critics it is their loss and the program's together. ``loss`` and the history of a fit have the program's.
+        """
         loss = self.differentiable_loss(model, guide, *batch)
         if loss.requires_grad:
             loss.backward()
@@ -170,7 +175,20 @@ class Objective(pyro.infer.ELBO):
         return terms.model_trace, terms.guide_trace
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(particles={self.particles})"
+        """The particles, and whatever else differs from its default."""
+        shown = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value, default = (_in_words(each) for each in (getattr(self, name, None), parameter.default))
+            if name == "particles" or (name != "observations" and value != default):
+                shown.append(f"{name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, functools.partial):
+        options = ", ".join(f"{name}={_in_words(option)}" for name, option in value.keywords.items())
+        return f"partial({_in_words(value.func)}, {options})"
+    return value.__name__ if isinstance(value, type) else repr(value)
 
 
 class ELBO(Objective):
@@ -195,7 +213,7 @@ class ELBO(Objective):
 
     Example:
         >>> ELBO(beta=0.5)
-        ELBO(particles=1)
+        ELBO(particles=1, beta=0.5)
     """
 
     def __init__(

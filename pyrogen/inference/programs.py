@@ -31,6 +31,7 @@ __all__ = [
     "Site",
     "as_module",
     "bare",
+    "bare_program",
     "before",
     "data_frame",
     "describe_example",
@@ -294,6 +295,11 @@ class Unregistered:
 def unregistered(program: Callable | None) -> Any:
     """The program as :class:`Unregistered` where it is a module, else itself."""
     return Unregistered(program) if isinstance(program, nn.Module) else program
+
+
+def bare_program(program: Any) -> Any:
+    """A program as it was given to :func:`unregistered`."""
+    return program.module if isinstance(program, Unregistered) else program
 
 
 def as_module(program: Callable, *batch: Tensor) -> nn.Module:

@@ -38,6 +38,7 @@ __all__ = [
     "JensenShannon",
     "LeastSquares",
     "Logistic",
+    "OwnRatio",
     "Ratio",
     "Wasserstein",
     "at_least_single",
@@ -77,6 +78,10 @@ class Ratio(nn.Module):
 
     gives_log_ratio: ClassVar[bool] = True
     """Whether :meth:`log_ratio` estimates one."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether :meth:`loss` takes as many samples of one side as of the other."""
+    event_dim: int | None = None
+    """How many dimensions a sample has, where that is known; then every score is checked to be one of a sample."""
 
     def __init__(self, critic: nn.Module, *, r1: float = 0.0) -> None:
         super().__init__()
@@ -88,13 +93,19 @@ class Ratio(nn.Module):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The critic's output T for samples ``(..., *E)`` and a context ``(..., C)``: ``(...)``, at least float32."""
         scores = self.critic(z, context)
-        broadcast = context is not None and scores.dim() == context.dim() - 1
-        if scores.shape != z.shape[: scores.dim()] and not broadcast:
+        if not self._fits(scores, z, context):
             raise ValueError(
                 f"the critic must return one score for each sample: for samples {tuple(z.shape)} it returned "
                 f"{tuple(scores.shape)}; build it with outputs=1 and without trailing dimensions"
             )
         return at_least_single(scores)
+
+    def _fits(self, scores: Tensor, z: Tensor, context: Tensor | None) -> bool:
+        if self.event_dim is None:
+            broadcast = context is not None and scores.dim() == context.dim() - 1
+            return broadcast or scores.shape == z.shape[: scores.dim()]
+        leading = z.shape[: z.dim() - self.event_dim]
+        return scores.shape == (leading if context is None else torch.broadcast_shapes(leading, context.shape[:-1]))
 
     def log_ratio(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The estimate of log p₁(z|c)/p₀(z|c) in nats: samples ``(..., *E)`` give ``(...)``.
@@ -378,6 +389,7 @@ class Wasserstein(Ratio):
     """
 
     gives_log_ratio = False
+    needs_pairs = True
 
     def __init__(self, critic: nn.Module, *, gradient_penalty: float = 10.0, r1: float = 0.0) -> None:
         super().__init__(critic, r1=r1)
@@ -431,6 +443,42 @@ class Hinge(Ratio):
 
     def _divergence(self, t1: Tensor, t0: Tensor) -> Tensor:
         return 1 - 0.5 * self._critic_loss(t1, t0)
+
+
+class OwnRatio(Ratio):
+    """A ratio of a user's own, a module of which only ``log_ratio`` and ``loss`` are known.
+
+    Args:
+        ratio: The module.
+
+    Raises:
+        TypeError: If it is no such module.
+    """
+
+    def __init__(self, ratio: nn.Module) -> None:
+        if not (
+            isinstance(ratio, nn.Module) and callable(getattr(ratio, "log_ratio", None)) and hasattr(ratio, "loss")
+        ):
+            raise TypeError(
+                f"expected a ratio, a module with log_ratio(z, context) and loss(numerator, denominator, context), got "
+                f"a {type(ratio).__name__}; see pyrogen.inference.Logistic"
+            )
+        super().__init__(ratio)
+
+    def log_ratio(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return at_least_single(self.critic.log_ratio(z, context))  # type: ignore[operator]
+
+    def loss_and_accuracy(
+        self, numerator: Tensor, denominator: Tensor, context: Context = None
+    ) -> tuple[Tensor, Tensor]:
+        """Its loss, and NaN, for it says nothing of accuracy."""
+        u, v, context_u, context_v = detached_sides(numerator, denominator, context)
+        shared = context_u if context_u is context_v else (context_u, context_v)
+        loss = self.critic.loss(u, v, shared)  # type: ignore[operator]
+        return loss, loss.new_tensor(torch.nan)
+
+    def generator_loss(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return -self.log_ratio(z, context).mean()
 
 
 def need_pairs(numerator: Tensor, denominator: Tensor) -> None:

@@ -48,7 +48,8 @@ class CriticOptions:
         betas: Of their Adam.
         steps: Steps of the critics for each of the program, all but the last on rows drawn at random; by default what
             the objective says, 1 or, for a Wasserstein critic, 5.
-        warmup: Steps in which critics alone are trained, before the program moves.
+        warmup: Steps in which critics alone are trained, before the program moves. They count among the steps of the
+            fit, and schedules run meanwhile.
     """
 
     learning_rate: float | None = None
@@ -61,10 +62,10 @@ class CriticOptions:
             raise ValueError(f"the critics' learning_rate must be a positive number, got {self.learning_rate!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
-        if self.steps is not None and self.steps < 1:
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             raise ValueError(f"critics need at least 1 step for each of the program, got steps={self.steps!r}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup is a number of steps, 0 or more, got {self.warmup!r}")
+        if not isinstance(self.warmup, int) or self.warmup < 0:
+            raise ValueError(f"warmup is a whole number of steps, 0 or more, got {self.warmup!r}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ class Run:
         objective: What was minimised.
         history: One row for each epoch: ``epoch, step, loss, distortion, rate, validation, learning_rate, seconds,
             rows_per_second``; loss, distortion and rate are the epoch's means and ``validation`` the bound on the
-            validation data, in nats per observation.
+            validation data, in nats per observation. Where a critic has a part in them the names are ``rate_estimate``,
+            ``marginal_kl_estimate`` and ``validation_estimate``; of critics there are ``critic_loss``, what they say of
+            the model's data (``verdict_samples``, ``verdict_reconstructions``), and the share of draws that each tells
+            apart, ``accuracy_`` and its name. The loss is the program's alone.
         options: How it was fitted.
         data: What :func:`pyrogen.data.load` can load again, or None for data of the user's own.
         example: Shape and type of each tensor of a batch of two rows.

@@ -45,7 +45,15 @@ class Telescoping(Logistic):
         >>> ratio = Telescoping.between(features=10, bridges=4)
         >>> ratio.log_ratio(torch.zeros(5, 10)).shape
         torch.Size([5])
+
+        In an objective, whose critic then has an output for each bridge:
+
+        >>> from functools import partial
+        >>> from pyrogen.inference import AVB
+        >>> avb = AVB(ratio=Telescoping, critic=partial(Critic, outputs=8))
     """
+
+    needs_pairs = True
 
     def __init__(self, critic: nn.Module, *, bridges: int | None = None, r1: float = 0.0) -> None:
         super().__init__(critic, r1=r1)
@@ -54,7 +62,8 @@ class Telescoping(Logistic):
         if not isinstance(bridges, int) or bridges < 2 or (isinstance(outputs, int) and outputs != bridges):
             raise ValueError(
                 f"the critic of a telescoping ratio has one output for each of 2 or more bridges, got {bridges=} and "
-                f"a critic with outputs={outputs}; build it with Critic(features, context, outputs=bridges)"
+                f"a critic with outputs={outputs}; build it with Critic(features, context, outputs=bridges), in an "
+                "objective by ratio=Telescoping, critic=functools.partial(Critic, outputs=8)"
             )
         self.bridges = bridges
 

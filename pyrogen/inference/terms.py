@@ -1,7 +1,7 @@
 """One run of guide and model, and what it says site by site: the log-weights from which every bound is made."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +32,10 @@ __all__ = [
     "compare_sites",
     "frozen",
     "has_no_density",
+    "nothing",
     "run_programs",
     "trace_programs",
+    "unmasked",
     "without_density",
 ]
 
@@ -180,10 +182,10 @@ def compare_sites(
         traces: Of both.
         observations, closed_form: As for :func:`run_programs`.
         estimates: Ratios log q − log p in the batch shape of their sites, in place of what densities say. Where they
-            are given, latent sites without a density that are not among them count as nothing, and so do observed ones.
+            are given, observed sites without a density count as nothing.
 
     Raises:
-        ValueError: If a site has no density and no estimates are given.
+        ValueError: If a site has neither a density nor an estimate.
     """
     drawn, modelled = sample_sites(traces.guide), sample_sites(traces.model)
     latents = [name for name, node in modelled.items() if not node["is_observed"]]
@@ -195,10 +197,8 @@ def compare_sites(
             continue
         p = modelled.get(name)
         if name not in given and has_no_density(q, p):
-            if estimates is None:
-                raise NoDensityError(without_density(name))
-            continue
-        ratio = per_row(p or q, given[name]) if name in given else _ratio(q, p, same_order)
+            raise NoDensityError(_why_no_ratio(name, p))
+        ratio = per_row(p or q, _masked(given[name], p)) if name in given else _ratio(q, p, same_order)
         if data_frame(p or q) is None:
             global_ratios[name] = ratio
         else:
@@ -206,7 +206,7 @@ def compare_sites(
     for name, node in observed_sites(traces.model).items():
         if is_implicit(node["fn"]):
             if estimates is None:
-                raise NoDensityError(without_density(name))
+                raise NoDensityError(without_density(name, observed=True))
             continue
         log_prob = per_row(node, node["fn"].log_prob(node["value"]))
         if data_frame(node) is None:
@@ -224,8 +224,14 @@ def has_no_density(*nodes: dict[str, Any] | None) -> bool:
     return any(node is not None and is_implicit(node["fn"]) for node in nodes)
 
 
-def without_density(name: str) -> str:
+def without_density(name: str, *, observed: bool = False) -> str:
     """What to say of a site without a density where one is needed."""
+    if observed:
+        return (
+            f"the observed site '{name}' has no density: its distribution is implicit and can only be sampled. Train "
+            "with an objective whose critic sees the data (VGH, VGHPlusPlus, AlphaGAN, VAEGAN, ALI; GAN for a model "
+            "without a guide), or by WAE(cost='squared error'), or give it a likelihood with a density"
+        )
     return (
         f"site '{name}' has no density: its distribution is implicit and can only be sampled. Train with an objective "
         "that estimates the ratio (AVB, AAE, WAE, VGH, VGHPlusPlus, AlphaGAN, VAEGAN, ALI; GAN for a model without a "
@@ -233,18 +239,43 @@ def without_density(name: str) -> str:
     )
 
 
+def _why_no_ratio(name: str, p: dict[str, Any] | None) -> str:
+    if p is None:
+        return f"the guide's helper site '{name}' is implicit, and no critic is for it; give it an explicit family"
+    if data_frame(p) is None:
+        return (
+            f"the global site '{name}' is implicit; one draw of it in a step is too little for a critic. Give it an "
+            "explicit family such as Normal or Flow"
+        )
+    return without_density(name)
+
+
+def nothing(traces: Traces, names: Iterable[str]) -> dict[str, Tensor]:
+    """Ratios of nothing, for sites whose densities shall not be asked for."""
+    nodes: dict[str, Any] = {name: traces.model.nodes.get(name) or traces.guide.nodes[name] for name in names}
+    return {name: node["value"].new_zeros(node["fn"].batch_shape) for name, node in nodes.items()}
+
+
+def unmasked(fn: Any) -> tuple[Any, Any]:
+    """A distribution without its mask, and that mask or None."""
+    return (fn.base_dist, fn._mask) if isinstance(fn, dist.MaskedDistribution) else (fn, None)
+
+
+def _masked(ratio: Tensor, p: dict[str, Any] | None) -> Tensor:
+    """Where the model masks a site out, as at the observed rows of one with obs_mask, the guide's draw is idle."""
+    mask = None if p is None else unmasked(p["fn"])[1]
+    return ratio if mask is None else scale_and_mask(ratio, mask=mask)
+
+
 def _ratio(q: dict[str, Any], p: dict[str, Any] | None, closed_form: bool) -> Tensor:
     """log q − log p at one site, per row; its expectation where the closed form may be used."""
     if p is None:  # a helper site of the guide
         return per_row(q, q["fn"].log_prob(q["value"]))
-    prior, mask = p["fn"], None
-    if isinstance(prior, dist.MaskedDistribution):
-        prior, mask = prior.base_dist, prior._mask
+    prior, _ = unmasked(p["fn"])
     kl = closed_form_kl(q["fn"], prior) if closed_form else None
     if kl is None:
         kl = q["fn"].log_prob(q["value"]) - prior.log_prob(q["value"])
-    # Where the model masks a site out, as at the observed rows of one with obs_mask, the guide's draw is idle there.
-    return per_row(p, kl if mask is None else scale_and_mask(kl, mask=mask))
+    return per_row(p, _masked(kl, p))
 
 
 def _observations(trace: poutine.Trace, sites: dict[str, dict[str, Any]], rows: int) -> int:

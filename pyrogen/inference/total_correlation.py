@@ -13,11 +13,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder
+from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, build_ratio
 from pyrogen.inference.divergences import is_point_mass
-from pyrogen.inference.draws import Draws
+from pyrogen.inference.draws import Draws, by_value
 from pyrogen.inference.hybrids import CriticObjective
-from pyrogen.inference.matching import Matching, Parts, by_value, check_unmasked, check_weights
+from pyrogen.inference.matching import Matching, Parts, check_unmasked, check_weights
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.programs import data_frame, per_row, sample_sites
 from pyrogen.inference.ratios import Logistic
@@ -203,7 +203,7 @@ class TotalCorrelationContrast(Contrast):
                 f"the total correlation is that of two or more latent values of an observation, and the model has "
                 f'{size} in the plate "data"; train it with ELBO()'
             )
-        self.ratio = ratio(critic(size, 0))
+        self.ratio = build_ratio(ratio, critic, (size,), 0)
 
     def estimate(self, draws: Draws) -> Tensor:
         """The log-ratio at the guide's draws in nats, ``(K, B)``, with its gradient along these."""

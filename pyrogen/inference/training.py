@@ -132,11 +132,6 @@ def fit(
     batches, validation = training_and_validation(data, batch_size, seed)
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data; pass what pyrogen.data.load returns, or leave patience out")
-    if patience is not None and objective.validates_as != "validation":
-        raise ValueError(
-            f"patience follows a bound on validation data, and {type(objective).__name__} has none, at most an "
-            "estimate; leave patience out"
-        )
     if resume and out is None:
         raise ValueError("resume needs out=, the folder of the run that shall go on")
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
@@ -160,6 +155,7 @@ def fit(
         run.objective.step = 0
         run.objective.critics = copy.deepcopy(objective.critics)
         run.objective.prepare(run.model, run.guide, *example)
+        _check_options(run)
         if objective.observations is None:
             run.objective.observations = len(batches)
         training = Training(run, batches, validation, fabric, folder, tuple(callbacks))
@@ -170,6 +166,19 @@ def fit(
         with pyro.validation_enabled(False):  # the checks are made, and cost time
             training.go(progress)
     return run
+
+
+def _check_options(run: Run) -> None:
+    """See that the options go with the objective, once its critics are known."""
+    if run.options.patience is not None and run.objective.validates_as != "validation":
+        raise ValueError(
+            f"patience follows a bound on validation data, and {type(run.objective).__name__} has none here, at most "
+            "an estimate; leave patience out"
+        )
+    if run.options.precision == "16-mixed" and len(run.objective.critics):
+        raise ValueError(
+            "precision='16-mixed' scales the gradients of one optimizer, and critics have their own; use 'bf16-mixed'"
+        )
 
 
 def _example(model: Callable, guide: Callable | None, batches: Batches) -> tuple[Tensor, ...]:
@@ -194,7 +203,7 @@ def _fabric(options: FitOptions, folder: Path | None) -> Fabric:
             precision=options.precision,  # type: ignore[arg-type]
             loggers=loggers,
         )
-    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
+    except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
         raise ValueError(
             f"device={options.device!r} with precision={options.precision!r} can't be used here: {error}"
         ) from error

@@ -1,6 +1,7 @@
 """Watching critics: one that has won or died teaches the program nothing."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,13 +25,14 @@ class CriticWatch:
     steps: dict[str, int] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
-    def look(self, row: dict[str, Any], steps: int) -> None:
-        """Take note of an epoch's figures, the mean over so many steps."""
+    def look(self, row: dict[str, Any], steps: int, settling: Collection[str] = ()) -> None:
+        """Take note of an epoch's figures, means over its steps; some critics settle at chance where all is well."""
         for name, accuracy in row.items():
             if not name.startswith(PREFIX):
                 continue
             critic = name.removeprefix(PREFIX)
-            for state, is_so in (("saturated", accuracy > SATURATED), ("at chance", accuracy < CHANCE)):
+            at_chance = accuracy < CHANCE and critic not in settling
+            for state, is_so in (("saturated", accuracy > SATURATED), ("at chance", at_chance)):
                 key = f"{critic} {state}"
                 self.steps[key] = self.steps.get(key, 0) + steps if is_so else 0
                 if self.steps[key] >= LONG and key not in self.told:

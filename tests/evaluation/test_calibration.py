@@ -97,7 +97,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="divergences must be above 0"):
         calibrate_ratio(small, features=2, divergences=())
     for name in ("features", "samples", "steps", "batch_size"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
             calibrate_ratio(small, **{"features": 2, name: 0})
     with pytest.raises(ValueError, match="the critic of Hinge estimates no density ratio"):
         calibrate_ratio(lambda d: Hinge(Critic(d)), features=2)

@@ -1,18 +1,36 @@
-"""Objectives with critics: exact ratios give exact gradients, critic and program never mix, bad input is refused."""
+"""Objectives with critics: critic and program never mix, what masks and batches do, bad input is refused.
 
+That exact ratios give exact gradients is shown in ``test_exact_ratios.py``.
+"""
+
+import math
 from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule
 from torch import nn
 
 import pyrogen as pg
-from pyrogen.data import LinearGaussian
+from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Implicit, Normal, StandardNormal
-from pyrogen.distributions.implicit import ImplicitDistribution
-from pyrogen.inference import AAE, AVB, ELBO, GAN, IWAE, VGH, AlphaGAN, AmortizedGuide, CriticOptions, VGHPlusPlus
-from pyrogen.inference.contrasts import SiteContrast
+from pyrogen.inference import (
+    AAE,
+    AVB,
+    ELBO,
+    GAN,
+    IWAE,
+    VGH,
+    WAE,
+    AlphaGAN,
+    AmortizedGuide,
+    CriticOptions,
+    Hybrid,
+    Logistic,
+    VGHPlusPlus,
+)
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.terms import frozen
 from pyrogen.models import LatentVariableModel
@@ -31,25 +49,6 @@ OBJECTIVES = {
 }
 
 
-class Sampled(nn.Module):
-    """A normal family that keeps its density to itself."""
-
-    def __init__(self, features: int, context: int = 0) -> None:
-        super().__init__()
-        self.features = features
-        self.context = context
-        self.normal = Normal(features, context)
-
-    def forward(self, context=None):
-        base = self.normal(context).base_dist
-
-        def draw(shape):
-            noise = torch.randn(*shape, self.features, dtype=base.loc.dtype)
-            return base.loc + base.scale * noise
-
-        return ImplicitDistribution(draw, base.batch_shape[:-1], (self.features,))
-
-
 def programs(family=Implicit, prior=None):
     model = LatentVariableModel(prior or StandardNormal(2), Bernoulli(MLP(2, SHAPE, (8,))))
     return model, AmortizedGuide(model, MLP(SHAPE, 6, (8,)), family)
@@ -61,45 +60,6 @@ def generator():
 
 def observations():
     return torch.rand(6, *SHAPE).round()
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("contrast", ["adaptive", "none"])
-def test_with_the_exact_ratio_the_gradient_is_that_of_the_explicit_bound(contrast, monkeypatch):
-    """The score of q has mean zero only in expectation, so the comparison is with sticking the landing."""
-    toy = LinearGaussian()
-    x = toy.x[:5].double()
-    torch.manual_seed(1)
-    guide = AmortizedGuide(toy.model, nn.Linear(4, 3), Sampled)
-    twin = AmortizedGuide(toy.model, guide.encoder, guide.conditionals["z"].normal)
-
-    def exact(self, draws):
-        conditional = guide.conditionals["z"].normal
-        held = torch.func.functional_call(
-            conditional, {k: v.detach() for k, v in conditional.named_parameters()}, (draws.traces.features.detach(),)
-        )
-        z = draws.model["z"]["value"]
-        return held.log_prob(z) - draws.model["z"]["fn"].log_prob(z)
-
-    monkeypatch.setattr(SiteContrast, "estimate", exact)
-    gradients = []
-    for objective, program in ((AVB(4, contrast=contrast, critic=SMALL), guide), (_landing(), twin)):
-        module = objective(toy.model, program)
-        torch.manual_seed(2)
-        module(x)
-        estimate = module.latest
-        torch.manual_seed(2)
-        parameters = [*guide.encoder.parameters(), *guide.conditionals["z"].normal.parameters()]
-        gradients.append(torch.autograd.grad(estimate.loss, parameters))
-    for ours, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-
-
-class _landing(ELBO):
-    """Sticking the landing with the log-ratio by Monte Carlo, which is what a critic estimates."""
-
-    def __init__(self) -> None:
-        super().__init__(4, sticking_the_landing=True)
 
 
 @pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES.keys())
@@ -198,23 +158,239 @@ def test_explicit_sites_under_avb_are_those_of_the_elbo():
     torch.testing.assert_close(*values)
 
 
+class Shared(PyroModule):
+    """A global site beside a per-observation one."""
+
+    def forward(self, x):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + shift, 1.0).to_event(1), obs=x)
+
+
+class Named(PyroModule):
+    """Observations that are names of classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(2, 3)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Categorical(logits=self.decoder(z)), obs=x)
+
+
+class ImplicitPrior(PyroModule):
+    def __init__(self, width):
+        super().__init__()
+        self.prior = Implicit(width, hidden=(8,))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+class Masked(PyroModule):
+    """The latent counts in rows whose first value is positive."""
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(x[:, 0] > 0))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+class Helped(nn.Module):
+    """A guide with an implicit helper site."""
+
+    def __init__(self):
+        super().__init__()
+        self.helper = Implicit(1, hidden=(4,))
+        self.location = nn.Linear(1, 2)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", self.helper(), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(self.location(a), 1.0).to_event(1))
+
+
+def vectors(model, width=2):
+    x = torch.randn(6, width)
+    return model, AmortizedGuide(model, nn.Linear(width, 4), Implicit, example=(x,)), x
+
+
+def with_global():
+    model, x = Shared(), torch.randn(6, 2)
+    return model, AmortizedGuide(model, nn.Linear(2, 4), {"shift": Implicit, "z": Implicit}, example=(x,)), x
+
+
+def with_names():
+    model, x = Named(), torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0, 2.0])
+    return model, AmortizedGuide(model, nn.Sequential(Column(), nn.Linear(1, 4)), Normal, example=(x,)), x
+
+
+class Column(nn.Module):
+    def forward(self, x):
+        return x.unsqueeze(-1)
+
+
+def images(family=Implicit):
+    return *programs(family), observations()
+
+
+def generated():
+    model = generator()
+    return model, AmortizedGuide(model, MLP(SHAPE, 6)), observations()
+
+
+def test_masked_rows_have_no_rate():
+    torch.manual_seed(0)
+    model, guide, x = vectors(Masked())
+    module = AVB(3, critic=SMALL)(model, guide)
+    module(x)
+    ratios, counts = module.latest.terms.ratios["z"], x[:, 0] > 0
+    assert counts.any() and not counts.all()
+    assert (ratios[:, ~counts] == 0).all() and (ratios[:, counts] != 0).all()
+
+
+def test_an_implicit_prior_has_moments_in_batches_of_any_size():
+    torch.manual_seed(0)
+    model, guide, _ = vectors(ImplicitPrior(9), 9)
+    objective = AVB(2, covariance="full", critic=SMALL)  # 9 values need 10 draws
+    run = pg.fit(model, guide, objective, torch.randn(5, 9), epochs=2, batch_size=4, progress=False)
+    assert run.history["rate_estimate"].notna().all()
+
+
+@pytest.mark.parametrize("make", [AVB, partial(AVB, contrast="none"), AAE], ids=["AVB", "AVB, no contrast", "AAE"])
+def test_the_decoder_runs_once_a_step(make):
+    model, guide = programs()
+    module, calls = make(critic=SMALL)(model, guide), []
+    model.likelihood.register_forward_hook(lambda *_: calls.append(1))
+    module(observations())
+    assert len(calls) == 1
+
+
+def test_a_ratio_of_ones_own():
+    class Own(nn.Module):
+        def __init__(self, critic):
+            super().__init__()
+            self.critic = critic
+
+        def log_ratio(self, z, context=None):
+            return self.critic(z, context)
+
+        def loss(self, numerator, denominator, context=None):
+            both = self.critic(numerator, context), self.critic(denominator, context)
+            return nn.functional.softplus(-both[0]).mean() + nn.functional.softplus(both[1]).mean()
+
+    runs = []
+    for ratio in (Own, Logistic):
+        torch.manual_seed(0)
+        model, guide = programs()
+        objective = VGHPlusPlus(critic=SMALL, ratio=ratio, visible_ratio=ratio)
+        runs.append(pg.fit(model, guide, objective, observations(), steps=3, batch_size=6, progress=False))
+    assert runs[0].history["loss"].iloc[-1] == pytest.approx(runs[1].history["loss"].iloc[-1], abs=1e-5)
+    assert math.isnan(runs[0].history["accuracy_visible"].iloc[-1])
+
+
+def test_critics_are_kept_for_programs_that_they_fit_and_no_others():
+    objective, x = AVB(2, critic=SMALL), observations()
+    objective(*programs())(x)
+    kept = [*objective.critics.parameters()]
+    objective(*programs())(x)
+    assert all(a is b for a, b in zip(kept, objective.critics.parameters(), strict=True))
+    explicit = AVB(2, critic=SMALL)
+    explicit(*programs(Normal))(x)
+    with pytest.raises(ValueError, match=r"built for programs with other sites: none, where \['z'\] are needed"):
+        explicit(*programs())(x)
+    with pytest.raises(ValueError, match="use a new one"):
+        pg.fit(*programs(), explicit, x, epochs=1, progress=False)
+
+
+def two_scores(shape, context):
+    return Critic(shape, context, hidden=(4,), outputs=2)
+
+
+class OneScore(nn.Module):
+    """The mean score of all samples."""
+
+    def __init__(self, shape, context):
+        super().__init__()
+        self.critic = SMALL(shape, context)
+
+    def forward(self, z, context=None):
+        return self.critic(z, context).mean()
+
+
 BAD = {
-    "ELBO": (lambda: programs(), ELBO(), "site 'z' has no density"),
-    "IWAE": (lambda: programs(), IWAE(2), "site 'z' has no density"),
-    "one particle": (lambda: programs(), AVB(1), "expected particles of at least 2"),
-    "no guide": (lambda: (programs()[0], None), AVB(), "there is no guide for them"),
-    "a guide too many": (lambda: programs(), GAN(), "GAN uses no guide"),
-    "implicit likelihood": (
-        lambda: (model := generator(), AmortizedGuide(model, MLP(SHAPE, 6))),
-        AVB(),
-        "needs the likelihood of the observed sites",
+    "ELBO": (images, ELBO(), "site 'z' has no density"),
+    "IWAE": (images, IWAE(2), "site 'z' has no density"),
+    "one particle": (images, AVB(1), "expected particles of at least 2"),
+    "no guide": (lambda: (programs()[0], None, observations()), AVB(), "there is no guide for them"),
+    "a guide too many": (images, GAN(), "GAN uses no guide"),
+    "implicit likelihood": (generated, AVB(), "needs the likelihood of the observed sites"),
+    "implicit likelihood, ELBO": (generated, ELBO(), "the observed site 'x' has no density"),
+    "implicit global site, AVB": (with_global, AVB(critic=SMALL), "the global site 'shift' is implicit"),
+    "implicit global site, AAE": (with_global, AAE(critic=SMALL), "the global site 'shift' is implicit"),
+    "implicit global site, WAE": (with_global, WAE(), "the global site 'shift' is implicit"),
+    "implicit global site, VGH": (with_global, VGH(critic=SMALL), "the global site 'shift' is implicit"),
+    "implicit helper site": (
+        lambda: (Masked(), Helped(), torch.randn(6, 2)),
+        AVB(critic=SMALL),
+        "helper site 'a' is implicit",
     ),
+    "names seen by a critic": (with_names, VGH(critic=SMALL), "the Categorical at 'x' has none"),
+    "two scores": (images, AAE(critic=two_scores), "one score for each sample"),
+    "two scores, AVB": (images, AVB(critic=two_scores), "one score for each sample"),
+    "one score": (images, AAE(critic=OneScore), "one score for each sample"),
+    "a critic that is made": (images, AAE(critic=Critic(2)), "expected what makes a critic"),
+    "a ratio that is made": (images, AAE(ratio=Logistic(Critic(2))), "expected what makes a ratio"),
+    "a critic with other arguments": (images, AAE(critic=lambda shape: Critic(shape)), "is called as critic"),
+    "no ratio": (images, AAE(ratio=nn.Identity), "expected a ratio, a module with log_ratio"),
 }
 
 
 @pytest.mark.parametrize(("make", "objective", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_refused_before_training(make, objective, message, tmp_path):
-    model, guide = make()
-    with pytest.raises(ValueError, match=message):
-        pg.fit(model, guide, objective, observations(), epochs=1, progress=False, out=tmp_path / "run")
+    model, guide, x = make()
+    with pytest.raises((ValueError, TypeError), match=message):
+        pg.fit(model, guide, objective, x, epochs=1, progress=False, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You passed")  # half precision on the CPU
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patience": 2}, "AVB has none here, at most an estimate"),
+        ({"precision": "16-mixed"}, "critics have their own; use 'bf16-mixed'"),
+        ({"critic": CriticOptions(warmup=2)}, "the program would never move"),
+    ],
+)
+def test_options_that_critics_do_not_go_with(options, message, tmp_path):
+    model, guide, x = images()
+    data = Data("bits", x, x, x, "binary") if "patience" in options else x
+    with pytest.raises(ValueError, match=message):
+        pg.fit(model, guide, AVB(2, critic=SMALL), data, epochs=1, progress=False, out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AVB(beta=-1.0), "beta cannot be negative"),
+        (lambda: AVB(beta=math.nan), "beta must be a finite number"),
+        (lambda: AVB(2.5), "particles must be a whole number"),
+        (lambda: AAE(weight=-1.0), "weight cannot be negative"),
+        (lambda: VGHPlusPlus(reconstruction=-1.0), "reconstruction cannot be negative"),
+        (lambda: Hybrid(log_likelihood=0.0, latent=0.0), "all weights are 0"),
+        (lambda: Hybrid(covariance="round"), "covariance is 'diagonal' or 'full'"),
+        (lambda: CriticOptions(steps=1.5), "at least 1 step"),
+        (lambda: CriticOptions(warmup=0.5), "whole number of steps"),
+        (lambda: GAN(gradient_penalty=-1.0), "gradient_penalty cannot be negative"),
+    ],
+)
+def test_bad_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

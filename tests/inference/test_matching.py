@@ -460,7 +460,7 @@ def test_description_builds_an_equal_objective(ppca, objective):
 def test_wae_has_no_bound(ppca):
     model, guide, x = ppca
     assert WAE.validates_as is None
-    with pytest.raises(ValueError, match=r"bounds no log-likelihood; evaluate with"):
+    with pytest.raises(ValueError, match=r"bounds no log-likelihood; evaluate estimates it"):
         WAE().bound(model, guide, x)
 
 
@@ -473,7 +473,7 @@ def test_wae_has_no_bound(ppca):
         (lambda: BetaTCVAE(-2.0), "beta cannot be negative"),
         (lambda: BetaTCVAE(gamma=-2.0), "gamma cannot be negative"),
         (lambda: BetaTCVAE(weighting="all"), "weighting is 'minibatch' or 'stratified', got 'all'"),
-        (lambda: WAE(particles=0), "particles must be at least 1"),
+        (lambda: WAE(particles=0), "particles must be a whole number of at least 1"),
     ],
 )
 def test_options_are_checked(make, message):

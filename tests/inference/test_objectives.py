@@ -592,7 +592,7 @@ def test_guide_without_reparameterised_sample_is_refused(ppca):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ELBO(0), "particles must be at least 1"),
+        (lambda: ELBO(0), "particles must be a whole number of at least 1"),
         (lambda: ELBO(beta=-1.0), "cannot be negative"),
         (lambda: ELBO(free_bits=1.0, sticking_the_landing=True), "choose one"),
         (lambda: IWAE(gradient="fast"), "'standard' or 'doubly reparameterised'"),

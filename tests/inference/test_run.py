@@ -349,7 +349,7 @@ def test_yaml_tags_and_tricks_are_refused(text, saved, monkeypatch):
 def test_weights_of_another_model_are_refused(saved, tmp_path):
     _, folder = saved
     model, guide = vae(likelihood=Bernoulli(MLP(2, SHAPE, hidden=(9,))))
-    with pytest.raises(ValueError, match=r"belongs to another model or guide: .* has shape"):
+    with pytest.raises(ValueError, match=r"belongs to another model, guide or objective: .* has shape"):
         load(folder, model=model, guide=guide)
     model, guide = vae(likelihood=Bernoulli(MLP(2, SHAPE, hidden=())))
     with pytest.raises(ValueError, match="it lacks"):
