@@ -108,10 +108,10 @@ def held_out_rate_estimate(
     .. math:: R = \mathbb{E}_x \mathbb{E}_{q(z|x)} \log \frac{r_x(z)}{p(z)}
         + \mathbb{E}_x \mathbb{E}_{q(z|x)} \log \frac{q(z \mid x)}{r_x(z)}, \quad r_x = \mathcal{N}(\mu_x, \Sigma_x)
 
-    with the moments of 1024 draws from q(z|x) or more, up to 16 384, which are some tenths of a nat too few past a hundred
-    values of z. The first part, most of a rate, needs no critic; the second is how far the shape of q(z|x) is from a
-    normal one (the adaptive contrast of Mescheder, Nowozin & Geiger 2017, 1701.04722). A prior that is implicit itself
-    is contrasted with the guide directly, and all comes from critics.
+    with the moments of 1024 draws from q(z|x) or more, up to 16 384, which are some tenths of a nat too few past a
+    hundred values of z. The first part, most of a rate, needs no critic; the second is how far the shape of q(z|x) is
+    from a normal one (the adaptive contrast of Mescheder, Nowozin & Geiger 2017, 1701.04722). A prior that is implicit
+    itself is contrasted with the guide directly, and all comes from critics.
 
     Each of 16 observations gets a critic of its own, a logistic one of 8192 draws of either side; what they report is
     averaged over further draws. So nothing hangs on how well a critic generalises from one observation to another, and

@@ -30,7 +30,7 @@ from pyrogen.inference import AmortizedGuide, CriticOptions, FitOptions, NonFini
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.checks import check_programs, check_values
-from pyrogen.inference.hybrids import CriticObjective
+from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.run import clear_folder, prepare_folder
 
 __all__ = ["CONFIGURATION", "compare"]

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from pyrogen.inference.adaptive import Covariance
 from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, VisibleContrast, build_ratio
+from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.draws import Draws
-from pyrogen.inference.hybrids import SMOOTH, CriticObjective, Hybrid
+from pyrogen.inference.hybrids import SMOOTH, Hybrid
 from pyrogen.inference.matching import check_unmasked, check_weights
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.programs import repeat, sample_sites, unregistered

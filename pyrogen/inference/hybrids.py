@@ -14,12 +14,10 @@ critics see draws without gradients, programs see critics with their weights hel
 
 from collections.abc import Callable
 from functools import partial
-from itertools import count
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
-import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
@@ -31,157 +29,19 @@ from pyrogen.inference.contrasts import (
     SiteContrast,
     VisibleContrast,
 )
+from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.draws import Draws
-from pyrogen.inference.guides import AmortizedGuide, stand_in_batch
 from pyrogen.inference.matching import check_weights
-from pyrogen.inference.objectives import Estimate, Objective, ObjectiveModule
-from pyrogen.inference.programs import bare_program, make_example, rehearsal, repeat
+from pyrogen.inference.objectives import Estimate
+from pyrogen.inference.programs import repeat
 from pyrogen.inference.ratios import Logistic, Ratio
-from pyrogen.inference.terms import Terms, compare_sites, frozen, has_no_density, nothing
-from pyrogen.inference.watch import PREFIX
+from pyrogen.inference.terms import Terms, compare_sites, has_no_density, nothing
 from pyrogen.networks.critics import Critic
 
-__all__ = ["AAE", "AVB", "VGH", "AlphaGAN", "CriticObjective", "Hybrid", "VGHPlusPlus"]
+__all__ = ["AAE", "AVB", "VGH", "AlphaGAN", "Hybrid", "VGHPlusPlus"]
 
 SMOOTH: RatioBuilder = partial(Logistic, r1=1.0)
 """The default for visible critics: without the penalty on its slope one soon tells all apart."""
-
-_NUMBER = count()
-
-
-class CriticObjective(Objective):
-    """Base of the objectives with critics.
-
-    The critics fit the sites that they look at, so they are built at the first batch, or by :meth:`prepare`;
-    :attr:`critics` then names them, for those who want an optimizer of their own for them.
-    """
-
-    validates_as: ClassVar[str | None] = "validation_estimate"
-    critic_steps: int = 1
-    """Steps of the critics for each of the program, by default."""
-
-    def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
-        super().__init__(particles, observations=observations)
-        self._prepared_for: tuple[int, ...] | None = None
-        self._name = f"critics {next(_NUMBER)}"  # Pyro's parameter store is global, and critics never shared
-
-    def __call__(self, model: Callable, guide: Callable | None) -> ObjectiveModule:  # type: ignore[override]
-        """The objective as a module.
-
-        Raises:
-            ValueError: If the shapes for the critics can't be read off the programs; call :meth:`prepare` first.
-        """
-        if self._prepared_for is None:
-            if isinstance(guide, AmortizedGuide) and guide.example is not None:
-                batch = make_example(guide.example)
-            else:
-                try:
-                    batch, _ = stand_in_batch(model)
-                except ValueError as error:
-                    raise ValueError(
-                        f"the shapes for the critics can't be read off the model ({error}); call "
-                        "objective.prepare(model, guide, *batch) with a batch first"
-                    ) from error
-            self.prepare(model, guide, *batch)
-        return ObjectiveModule(model, guide, self)
-
-    def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
-        """Build the critics for the programs, once, from a run on a batch; only the first two rows of it are used.
-
-        Critics that are there already are kept where they fit the programs, also other ones than they were built for.
-
-        Raises:
-            ValueError: If the objective can't serve these programs, or a critic does not fit what it looks at; if
-                critics are there and were built for programs with other sites.
-        """
-        programs = tuple(id(bare_program(program)) for program in (model, guide))
-        if self._prepared_for == programs:
-            return
-        self.check_guide(guide)
-        rows = tuple(x[:2] for x in batch)
-        with rehearsal(model, guide):
-            draws = Draws(model, guide if self.uses_guide else None, rows, self.particles)
-            contrasts = self.contrasts(draws)
-            if self._prepared_for is None:
-                for name, contrast in contrasts.items():
-                    self.critics[name] = contrast.to(rows[0].device, rows[0].dtype)
-                    _check_contrast(name, contrast, draws)
-            elif _shapes(nn.ModuleDict(contrasts)) != _shapes(self.critics):
-                raise ValueError(
-                    f"this {type(self).__name__} has critics that were built for programs with other sites: "
-                    f"{[*self.critics] or 'none'}, where {[*contrasts] or 'none'} are needed now; use a new one"
-                )
-            self.of_program(draws)  # so that what this can't serve is found before training
-        self._prepared_for = programs
-
-    def check_guide(self, guide: Callable | None) -> None:
-        """Raise a ``ValueError`` for a guide too many or one too few."""
-        super().check_guide(guide)
-        if guide is None and self.uses_guide:
-            raise ValueError(
-                f"{type(self).__name__} teaches a guide beside the model, and there is no guide for them; pass one, "
-                "such as AmortizedGuide(model, encoder), or train the model alone with GAN()"
-            )
-
-    def contrasts(self, draws: Draws) -> dict[str, Contrast]:
-        """The critics that these programs need, by name."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its critics contrast")
-
-    def of_program(self, draws: Draws) -> Estimate:
-        """What the program minimises; the critics' weights are held."""
-        raise NotImplementedError(f"{type(self).__name__} must say what the program minimises")
-
-    def of_critics(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the critics minimise, and the figures to be logged."""
-        contrasts: Any = self.critics.items()
-        if not contrasts:
-            return torch.zeros((), device=draws.rows[0].device), {}
-        found = {name: contrast.loss_and_accuracy(draws) for name, contrast in contrasts}
-        total = torch.stack([loss for loss, _ in found.values()]).sum()
-        accuracies = {f"{PREFIX}{name}": accuracy for name, (_, accuracy) in found.items()}
-        return total, {"critic_loss": total.detach()} | accuracies
-
-    def estimate(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Estimate:
-        self.prepare(model, guide, *batch)
-        draws = Draws(model, guide if self.uses_guide else None, batch, self.particles)
-        with frozen([*self.critics.parameters()]):
-            program = self.of_program(draws)
-        if not torch.is_grad_enabled():
-            return program
-        self.step += 1
-        critic, metrics = self.of_critics(draws)
-        return Estimate(program.loss + critic, program.metrics | metrics, program.terms, program.loss.detach())
-
-    def critic_loss(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Tensor:
-        """What the critics minimise, for steps of theirs alone."""
-        self.prepare(model, guide, *batch)
-        with torch.no_grad():
-            draws = Draws(model, guide if self.uses_guide else None, batch, self.particles)
-        return self.of_critics(draws)[0]
-
-    def differentiable_loss(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Tensor:
-        loss = super().differentiable_loss(model, guide, *batch)
-        pyro.module(self._name, self.critics)  # so that SVI's optimizer sees them
-        return loss
-
-
-def _shapes(critics: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in critics.state_dict().items()}
-
-
-def _check_contrast(name: str, contrast: Any, draws: Draws) -> None:
-    """Run a contrast once, so that a critic of a wrong shape is found before training."""
-    try:
-        loss, _ = contrast.loss_and_accuracy(draws)
-    except NotImplementedError:
-        raise
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(
-            f"the critic of '{name}' does not fit what it looks at ({error}); it is called as critic(z, context) and "
-            "returns one number for each draw"
-        ) from error
-    if loss.dim():
-        raise ValueError(f"the loss of the critic of '{name}' has shape {tuple(loss.shape)}, expected one number")
 
 
 class Hybrid(CriticObjective):
@@ -382,6 +242,7 @@ class AVB(Hybrid):
     Example:
         >>> from pyrogen.data import LinearGaussian
         >>> from pyrogen.distributions import Implicit
+        >>> from pyrogen.inference import AmortizedGuide
         >>> toy = LinearGaussian()
         >>> guide = AmortizedGuide(toy.model, torch.nn.Linear(4, 8), Implicit)
         >>> AVB()(toy.model, guide)(toy.x[:16]).shape

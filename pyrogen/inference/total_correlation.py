@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, build_ratio
+from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import Draws, by_value
-from pyrogen.inference.hybrids import CriticObjective
 from pyrogen.inference.matching import Matching, Parts, check_unmasked, check_weights
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.programs import data_frame, per_row, sample_sites

@@ -305,11 +305,16 @@ def test_critics_are_kept_for_programs_that_they_fit_and_no_others():
     with pytest.raises(ValueError, match=r"built for programs with other sites: none, where \['z'\] are needed"):
         explicit(*programs())(x)
     with pytest.raises(ValueError, match="use a new one"):
-        pg.fit(*programs(), explicit, x, epochs=1, progress=False)
+        model, guide = programs()
+        pg.fit(model, guide, explicit, x, epochs=1, progress=False)
 
 
 def two_scores(shape, context):
     return Critic(shape, context, hidden=(4,), outputs=2)
+
+
+def without_context(shape):
+    return Critic(shape)
 
 
 class OneScore(nn.Module):
@@ -346,7 +351,7 @@ BAD = {
     "one score": (images, AAE(critic=OneScore), "one score for each sample"),
     "a critic that is made": (images, AAE(critic=Critic(2)), "expected what makes a critic"),
     "a ratio that is made": (images, AAE(ratio=Logistic(Critic(2))), "expected what makes a ratio"),
-    "a critic with other arguments": (images, AAE(critic=lambda shape: Critic(shape)), "is called as critic"),
+    "a critic with other arguments": (images, AAE(critic=without_context), "is called as critic"),
     "no ratio": (images, AAE(ratio=nn.Identity), "expected a ratio, a module with log_ratio"),
 }
 
