@@ -22,14 +22,21 @@ from pyrogen.inference import (
     ELBO,
     GAN,
     IWAE,
+    NWJ,
     VGH,
     WAE,
     AlphaGAN,
     AmortizedGuide,
     CriticOptions,
+    DonskerVaradhan,
+    Hinge,
     Hybrid,
+    JensenShannon,
+    LeastSquares,
     Logistic,
+    Telescoping,
     VGHPlusPlus,
+    Wasserstein,
 )
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.terms import frozen
@@ -269,6 +276,20 @@ def test_the_decoder_runs_once_a_step(make):
     model.likelihood.register_forward_hook(lambda *_: calls.append(1))
     module(observations())
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [Logistic, JensenShannon, DonskerVaradhan, NWJ, LeastSquares, Hinge, Wasserstein, Telescoping]
+)
+def test_every_ratio_serves_in_visible_space(kind):
+    """Also those that take as many data as samples, where there are reconstructions and samples of the model."""
+    torch.manual_seed(0)
+    critic = partial(SMALL, outputs=3 if kind is Telescoping else 1)
+    weights = {"log_likelihood": 0.0, "latent": 0.0, "visible_reconstructions": 1.0, "visible_samples": 1.0}
+    objective = Hybrid(**weights, visible_ratio=kind, critic=critic)
+    objective(*programs())(observations()).backward()
+    size = sum(parameter.grad.abs().sum() for parameter in objective.critics.parameters())
+    assert 0 < size < math.inf
 
 
 def test_a_ratio_of_ones_own():
