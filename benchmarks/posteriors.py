@@ -98,15 +98,26 @@ class LayeredNormal(nn.Module):
 
 
 def schools(seed: int, share: float) -> dict[str, tuple[float, str, bool]]:
-    toy, steps = EightSchools(), round(5000 * share)
-    found = {}
-    annealed = LinearSchedule(max(1, round(0.3 * steps)), start=6.0, end=1.0)
+    toy, found = EightSchools(), {}
+    annealed = LinearSchedule(max(1, round(1500 * share)), start=6.0, end=1.0)
     implicit: dict[str, Any] = {"mu": FAMILY, "tau": FAMILY, "eta": LayeredNormal}
-    for family, objective in ((implicit, AVB(64, beta=annealed, critic=CRITIC)), (Normal, ELBO(64))):
+    fits: list[tuple[Any, Objective, int, float]] = [
+        (implicit, AVB(64, beta=annealed, critic=CRITIC), 5000, 6e-3),
+        (Normal, ELBO(64), 3000, 3e-3),
+    ]
+    for family, objective, steps, rate in fits:
         guide = AmortizedGuide(toy.model, nn.Linear(8, 8), family)
-        # A hundred copies, so that an epoch has a hundred steps.
-        rates: dict[str, Any] = {"learning_rate": 6e-3, "critic": CriticOptions(learning_rate=1e-2)}
-        run = train(toy.model, guide, objective, toy.x.repeat(100, 1), seed, steps=steps, batch_size=1, **rates)
+        run = train(
+            toy.model,
+            guide,
+            objective,
+            toy.x.repeat(100, 1),  # so that an epoch has a hundred steps
+            seed,
+            steps=round(steps * share),
+            batch_size=1,
+            learning_rate=rate,
+            critic=CriticOptions(learning_rate=1e-2),
+        )
         drawn = draws_of(run, toy.x, 20_000)
         mu, tau = drawn["mu"], drawn["tau"]
         values = {

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrogen.distributions.semi_implicit import has_stochastic_density
 from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, build_ratio
 from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.divergences import is_point_mass
@@ -234,7 +235,8 @@ def _only_site(traces: Traces) -> str:
 
 def _check_independent(name: str, node: dict[str, Any], program: str) -> None:
     fn = by_value(node["fn"])
-    if fn.event_shape or is_point_mass(fn) or node["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
+    unsuited = fn.event_shape or is_point_mass(fn) or has_stochastic_density(fn)
+    if unsuited or node["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
         raise ValueError(
             f"BetaTCVAE needs densities of each value of a latent site on its own, but the {program}'s distribution at "
             f"site '{name}', a {type(node['fn']).__name__}, gives none; use distributions with independent values, "

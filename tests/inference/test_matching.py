@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from pyrogen.configuration import build, describe
-from pyrogen.distributions import Bernoulli, Delta, Flow, MultivariateNormal, Normal, NormalLikelihood, StandardNormal
+from pyrogen.distributions import (
+    Bernoulli,
+    Delta,
+    Flow,
+    Implicit,
+    MultivariateNormal,
+    Normal,
+    NormalLikelihood,
+    SemiImplicit,
+    StandardNormal,
+)
 from pyrogen.inference import (
     ELBO,
     WAE,
@@ -489,10 +499,33 @@ def test_betatcvae_names_a_guide_whose_values_are_not_independent(family):
         BetaTCVAE().prepare(model, guide, torch.randn(3, 4))
 
 
+def test_betatcvae_names_a_guide_whose_density_holds_for_its_own_draws_only():
+    def scalar(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = torch.randn(4, 1)
+    guide = AmortizedGuide(scalar, nn.Identity(), SemiImplicit, example=x)
+    with pytest.raises(ValueError, match=r"the guide's distribution at site 'z', a SemiImplicit"):
+        BetaTCVAE().prepare(scalar, guide, x)
+
+
 def test_betatcvae_names_a_prior_whose_values_are_not_independent():
     model = LatentVariableModel(MultivariateNormal(2), NormalLikelihood(MLP(2, 4)))
     with pytest.raises(ValueError, match=r"the model's distribution at site 'z'.*independent values"):
         BetaTCVAE().prepare(model, AmortizedGuide(model, nn.Identity()), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("cost", ["squared error", "absolute error"])
+def test_wae_takes_a_generator_for_a_decoder(cost):
+    decoder = MLP(2, 4)
+    model = LatentVariableModel(StandardNormal(2), Implicit(4, context=2, noise=0, network=decoder))
+    guide, x = AmortizedGuide(model, nn.Linear(4, 3), Delta, example=torch.zeros(2, 4)), torch.randn(5, 4)
+    found = WAE(cost=cost).estimate(model, guide, x).metrics[cost.replace(" ", "_")]
+    error = x - decoder(guide(x)["z"])
+    expected = error.square() if cost == "squared error" else error.abs()
+    torch.testing.assert_close(found, expected.sum(-1).mean())
 
 
 def test_betatcvae_needs_one_site():
