@@ -151,7 +151,10 @@ class Normal(nn.Module):
 class MultivariateNormal(nn.Module):
     r"""A normal distribution with full covariance, through its Cholesky factor.
 
-    .. math:: q(z \mid c) = \mathcal{N}(z; \mu(c), L(c) L(c)^\top)
+    .. math:: q(z \mid c) = \mathcal{N}(z; \mu(c), L(c) L(c)^\top), \quad L = \operatorname{diag}(\sigma) \, T
+
+    with T lower triangular and of unit diagonal: scales of the values' own on the left, so that the factor can be
+    inverted to full precision however different they are.
 
     Args:
         features: Event shape, or its length ``D``; all values of the event are correlated with each other.
@@ -181,9 +184,9 @@ class MultivariateNormal(nn.Module):
         d = math.prod(self.shape)
         parameters = self.parameters_of(context)
         loc, raw, below = parameters.split([d, d, self.lower.shape[1]], -1)
-        tril = torch.diag_embed(positive_scale(raw))
+        tril = torch.diag_embed(torch.ones_like(raw))
         tril[..., self.lower[0], self.lower[1]] = below
-        normal = dist.MultivariateNormal(loc, scale_tril=tril)
+        normal = dist.MultivariateNormal(loc, scale_tril=positive_scale(raw).unsqueeze(-1) * tril)
         if len(self.shape) == 1:
             return normal
         return dist.TransformedDistribution(normal, [ReshapeTransform(torch.Size((d,)), torch.Size(self.shape))])
