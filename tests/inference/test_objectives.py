@@ -264,7 +264,7 @@ def test_path_gradients_vanish_at_the_exact_posterior(ppca, objective):
         linear.weight.zero_()
         linear.weight[:2] = gain
         raw = torch.expm1(tril.diagonal() - 1e-6).log() - math.log(math.e - 1)
-        linear.bias.copy_(torch.cat([-gain @ model.mean, raw, tril[1:, 0]]))
+        linear.bias.copy_(torch.cat([-gain @ model.mean, raw, tril[1:, 0] / tril[1, 1]]))
 
     def largest(objective):
         guide.zero_grad()
