@@ -227,7 +227,7 @@ def _latents(pair: Prepared, chosen: Tensor, total: int, rows: int) -> tuple[Ten
     particles = math.ceil(total / len(chosen))
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for draws, _ in _passes(pair, chosen, particles, rows):
-        for into, nodes in zip(found, (draws.model, draws.prior), strict=True):
+        for into, nodes in zip(found, (draws.model, draws.prior_latents), strict=True):
             into.append(draws.latents(nodes, draws.local).float())
     return torch.cat(found[0]), torch.cat(found[1])
 
