@@ -51,7 +51,7 @@ from pyrogen.inference.contrasts import CriticBuilder
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP, ConvDecoder, ConvEncoder, Critic
 
-LATENT, BATCH, SCALE = 10, 64, 0.1
+LATENT, SCALE = 10, 0.1
 HIDDEN, CHANNELS, HEAD = (256, 256), (16, 32), 128
 LEARNING_RATE = 1e-3
 OPTIMIZER = partial(torch.optim.Adam, betas=(0.5, 0.999))
@@ -90,20 +90,20 @@ def programs(data: Data, family: type[nn.Module] | None) -> tuple[LatentVariable
     return model, AmortizedGuide(model, nn.Sequential(encoder, nn.ReLU()), family)
 
 
-def train(name: str, data: Data, epochs: int, seed: int) -> Run:
+def train(name: str, data: Data, arguments: argparse.Namespace) -> Run:
     family, objective = FITS[name]
-    torch.manual_seed(seed)
+    torch.manual_seed(arguments.seed)
     return pg.fit(
         *programs(data, family),
         objective(CRITICS[data.name]),
         data,
-        epochs=epochs,
-        batch_size=BATCH,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
         learning_rate=LEARNING_RATE,
         optimizer=OPTIMIZER,
         critic=CriticOptions(),
         average=0.99,
-        seed=seed,
+        seed=arguments.seed,
         validate_every=10**6,
         progress=False,
     )
@@ -156,7 +156,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     drawn: dict[str, Any] = {}
     rebuilt: dict[str, Any] = {}
     for fit in arguments.fits:
-        run = train(fit, data, arguments.epochs, arguments.seed)
+        run = train(fit, data, arguments)
         drawn[fit] = sample(run, SHOWN, mean=True)
         if run.guide is not None:
             rebuilt[fit] = reconstruct(run.model, run.guide, test[:SHOWN])
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--root", default=None, help="where MNIST is, or is downloaded to")
     parser.add_argument("--fits", nargs="+", default=[*FITS][:6], choices=[*FITS])
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rows", type=int, default=None, help="train on the first so many images; by default on all")
     parser.add_argument("--test", type=int, default=4000, help="test images that l1 and the marginal KL are of")
     parser.add_argument("--evaluated", type=int, default=200, help="test images whose log p(x) is estimated")
