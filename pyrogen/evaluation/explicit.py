@@ -10,9 +10,9 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogen.distributions import MultivariateNormal, Normal, Vamp
-from pyrogen.evaluation.running import ROWS, Prepared, global_draws, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.guides import AmortizedGuide
-from pyrogen.inference.programs import evaluation_mode, modules_of, unregistered
+from pyrogen.inference.programs import evaluation_mode, global_draws, modules_of, unregistered
 from pyrogen.inference.terms import compare_sites, nothing, trace_programs
 from pyrogen.networks.mlp import MLP, as_shape
 
@@ -90,7 +90,8 @@ def explicit_guide(
         NoDensityError: If the model has an implicit site: then there is no log p(x, z).
         ValueError: If ``steps`` is below 1, the model has no per-observation latent site, or programs and observations
             do not fit.
-        ArithmeticError: If the loss is NaN; it names the site where that began.
+        ArithmeticError: If more than half of the steps have a gradient that is not finite; it names the site where that
+            began.
 
     Example:
         >>> from pyrogen.data import LinearGaussian

@@ -22,6 +22,7 @@ from pyrogen.inference.programs import (
     before,
     data_frame,
     evaluation_mode,
+    global_draws,
     latent_sites,
     no_sites,
     prototype,
@@ -30,7 +31,7 @@ from pyrogen.inference.programs import (
 )
 from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
 
-__all__ = ["ROWS", "Prepared", "by_row", "global_draws", "means", "pair_passes", "passes", "prepared"]
+__all__ = ["ROWS", "Prepared", "by_row", "means", "pair_passes", "passes", "prepared"]
 
 ROWS = 4096
 """How many rows, copies counted, go through a program at once."""
@@ -321,15 +322,6 @@ def _parts(total: int, copies: int, rows: int) -> Iterator[slice]:
     size = max(1, rows // copies)
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
-
-
-def global_draws(trace: poutine.Trace) -> poutine.Trace:
-    """The global latent sites of a trace, for programs that shall be run at the same values."""
-    held = poutine.Trace()
-    for name, node in sample_sites(trace).items():
-        if data_frame(node) is None and not node["is_observed"]:
-            held.add_node(name, **node)
-    return held
 
 
 def by_row(node: dict[str, Any], value: Tensor, copies: int) -> Tensor:

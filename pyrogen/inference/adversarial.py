@@ -16,7 +16,7 @@ from pyrogen.inference.matching import check_unmasked, check_weights
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.programs import repeat, sample_sites, unregistered
 from pyrogen.inference.ratios import Hinge, LeastSquares, Logistic, Ratio, Wasserstein, at_least_single
-from pyrogen.inference.terms import Terms, frozen
+from pyrogen.inference.terms import Terms, frozen, parameters_of
 from pyrogen.networks.critics import Critic
 
 __all__ = ["ALI", "GAN", "VAEGAN", "JointContrast"]
@@ -322,11 +322,7 @@ def _through_guide(draws: Draws) -> Tensor:
 
     The model runs once more for it: in a graph that holds its weights already they can't be held any more.
     """
-    nodes = draws.traces.model.nodes.values()
-    parameters: list[Any] = [node["value"] for node in nodes if node["type"] == "param"]
-    parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
-    if hasattr(draws.program, "parameters"):
-        parameters += draws.program.parameters()
+    parameters = parameters_of(draws.program, draws.traces.model)
     with torch.set_grad_enabled(draws.gradients), frozen(parameters):
         program = poutine.replay(unregistered(draws.program), trace=draws.traces.guide)
         return draws.visible(sample_sites(poutine.trace(program).get_trace(*draws.rows)))

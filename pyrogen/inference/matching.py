@@ -21,7 +21,7 @@ from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.draws import by_value, draw_only, elements
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
 from pyrogen.inference.objectives import Estimate, Objective
-from pyrogen.inference.programs import data_frame, observed_sites, per_row, sample_sites
+from pyrogen.inference.programs import data_frame, global_draws, observed_sites, per_row, sample_sites
 from pyrogen.inference.terms import (
     Terms,
     Traces,
@@ -295,8 +295,5 @@ def check_unmasked(name: str, node: dict[str, Any]) -> None:
 
 def _prior_draws(model: Callable, traces: Traces, sites: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per-observation latent sites as the model draws them on its own, at the guide's draws of global ones."""
-    shared = poutine.Trace()
-    for name, node in sample_sites(traces.model).items():
-        if data_frame(node) is None and not node["is_observed"]:
-            shared.add_node(name, **node)
-    return draw_only(poutine.uncondition(poutine.replay(model, trace=shared)), [*sites], traces.rows)
+    shared = poutine.replay(model, trace=global_draws(traces.model))
+    return draw_only(poutine.uncondition(shared), [*sites], traces.rows)

@@ -37,6 +37,7 @@ __all__ = [
     "describe_example",
     "encode",
     "evaluation_mode",
+    "global_draws",
     "is_real",
     "latent_sites",
     "make_example",
@@ -147,6 +148,15 @@ def _is_observed(node: dict[str, Any]) -> bool:
 def data_frame(node: dict[str, Any]) -> CondIndepStackFrame | None:
     """The plate ``"data"`` around a site, or None at a global site."""
     return next((frame for frame in node["cond_indep_stack"] if frame.name == "data"), None)
+
+
+def global_draws(trace: poutine.Trace) -> poutine.Trace:
+    """The global latent sites of a trace, for programs that shall be run at the same values."""
+    held = poutine.Trace()
+    for name, node in sample_sites(trace).items():
+        if data_frame(node) is None and not node["is_observed"]:
+            held.add_node(name, **node)
+    return held
 
 
 def per_row(node: dict[str, Any], log_prob: Tensor) -> Tensor:

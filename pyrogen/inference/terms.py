@@ -33,6 +33,7 @@ __all__ = [
     "frozen",
     "has_no_density",
     "nothing",
+    "parameters_of",
     "run_programs",
     "trace_programs",
     "unmasked",
@@ -329,21 +330,24 @@ def _frozen_replay(
     Where draws pass through something, global ones are constants in what follows from them, and keep the density of
     the first run: the weights are of per-observation sites, whose gradient reaches global ones along the draws alone.
     """
-    parameters: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
-    parameters = [p.unconstrained() if hasattr(p, "unconstrained") else p for p in parameters]
-    if hasattr(guide, "parameters"):
-        parameters += guide.parameters()
     held, fixed = trace, dict[str, dict[str, Any]]()
     if through is not None:
         held = poutine.Trace()
         for name, node in sample_sites(trace).items():
             fixed |= {name: node} if data_frame(node) is None else {}
             held.add_node(name, **node | {"value": node["value"].detach() if name in fixed else through(node)})
-    with frozen(parameters):
+    with frozen(parameters_of(guide, trace)):
         scored = poutine.trace(poutine.replay(unregistered(guide), trace=held)).get_trace(*rows)
     for name, node in fixed.items():
         scored.nodes[name] = node
     return scored
+
+
+def parameters_of(program: Any, trace: poutine.Trace) -> list[Tensor]:
+    """The parameters of a program: those in a trace of it, and its own where it is a module."""
+    values: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
+    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
+    return [*found, *program.parameters()] if hasattr(program, "parameters") else found
 
 
 @contextmanager
