@@ -51,9 +51,8 @@ from pyrogen.inference.contrasts import CriticBuilder
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP, ConvDecoder, ConvEncoder, Critic
 
-LATENT, SCALE = 10, 0.1
-HIDDEN, CHANNELS, HEAD = (256, 256), (16, 32), 128
-LEARNING_RATE = 1e-3
+LATENT, SCALE = {"mnist": 10, "color_mnist": 20}, 0.1
+HIDDEN, CHANNELS, HEAD = (256, 256), (32, 32), 256
 OPTIMIZER = partial(torch.optim.Adam, betas=(0.5, 0.999))
 SHOWN = 64
 BINARIZE: dict[str, Binarization | None] = {"mnist": "threshold", "color_mnist": None}
@@ -76,15 +75,16 @@ FITS: dict[str, tuple[type[nn.Module] | None, Callable[[CriticBuilder], Objectiv
 
 def programs(data: Data, family: type[nn.Module] | None) -> tuple[LatentVariableModel, AmortizedGuide | None]:
     encoder: nn.Module
+    latent = LATENT[data.name]
     if data.levels is None:
-        likelihood: nn.Module = Bernoulli(MLP(LATENT, data.event_shape, HIDDEN))
+        likelihood: nn.Module = Bernoulli(MLP(latent, data.event_shape, HIDDEN))
         encoder = MLP(data.event_shape, HIDDEN[-1], HIDDEN[:-1])
     else:
         # Far outside of [0, 1] a location no longer moves the mean, by which alone a GAN or a VGH teaches it.
-        decoder = nn.Sequential(ConvDecoder(LATENT, data.event_shape, CHANNELS, hidden=(HEAD,)), nn.Sigmoid())
+        decoder = nn.Sequential(ConvDecoder(latent, data.event_shape, CHANNELS, hidden=(HEAD,)), nn.Sigmoid())
         likelihood = QuantizedNormal(decoder, data.levels, scale=SCALE)
         encoder = ConvEncoder(data.event_shape, HEAD, CHANNELS, hidden=())
-    model = LatentVariableModel(StandardNormal(LATENT), likelihood)
+    model = LatentVariableModel(StandardNormal(latent), likelihood)
     if family is None:
         return model, None
     return model, AmortizedGuide(model, nn.Sequential(encoder, nn.ReLU()), family)
@@ -99,9 +99,10 @@ def train(name: str, data: Data, arguments: argparse.Namespace) -> Run:
         data,
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
-        learning_rate=LEARNING_RATE,
+        learning_rate=arguments.learning_rate,
         optimizer=OPTIMIZER,
-        critic=CriticOptions(),
+        critic=CriticOptions(learning_rate=arguments.learning_rate),
+        schedule=arguments.schedule,
         average=0.99,
         seed=arguments.seed,
         validate_every=10**6,
@@ -177,6 +178,8 @@ def main() -> None:
     parser.add_argument("--fits", nargs="+", default=[*FITS][:6], choices=[*FITS])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of model, guide and critics")
+    parser.add_argument("--schedule", default="constant", choices=["constant", "linear"], help="of these rates")
     parser.add_argument("--rows", type=int, default=None, help="train on the first so many images; by default on all")
     parser.add_argument("--test", type=int, default=4000, help="test images that l1 and the marginal KL are of")
     parser.add_argument("--evaluated", type=int, default=200, help="test images whose log p(x) is estimated")

@@ -26,7 +26,7 @@ register_type(Part, serializer=Part.plain, deserializer=Part.read)
 
 DESCRIPTION = """Generative models as Pyro programs: fit them, compare guides on them, analyse the posteriors.
 
-  pyrogen compare                                     three guides, two objectives, on the embedded digits
+  pyrogen compare                                     four guides, each under what can train it, on the digits
   pyrogen fit --data mnist --family Flow              one model, one guide
   pyrogen fit --model my_model.py:Model --data mnist  a Pyro program of your own
   pyrogen evaluate runs/fit-mnist-001                 log-likelihood, rate and distortion of held-out data

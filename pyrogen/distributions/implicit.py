@@ -21,6 +21,7 @@ __all__ = [
     "check_context",
     "default_noise",
     "is_implicit",
+    "lies_on_a_surface",
 ]
 
 SPARE_NOISE = 16
@@ -43,6 +44,7 @@ class ImplicitDistribution(dist.TorchDistribution):
             ``S + event_shape``, reparameterised.
         batch_shape: Batch shape.
         event_shape: Event shape; the support is all of it.
+        noise: Of how many noise inputs a draw is a function, where that is known.
 
     Raises:
         NoDensityError: From ``log_prob``, with the objectives that do without.
@@ -57,9 +59,14 @@ class ImplicitDistribution(dist.TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, sampler: Callable[[Size], Tensor], batch_shape: Sequence[int] = (), event_shape: Sequence[int] = ()
+        self,
+        sampler: Callable[[Size], Tensor],
+        batch_shape: Sequence[int] = (),
+        event_shape: Sequence[int] = (),
+        noise: int | None = None,
     ) -> None:
         self.sampler = sampler
+        self.noise = noise
         super().__init__(Size(batch_shape), Size(event_shape), validate_args=False)
 
     @constraints.dependent_property(is_discrete=False)
@@ -69,7 +76,7 @@ class ImplicitDistribution(dist.TorchDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "ImplicitDistribution":
         new = self._get_checked_instance(ImplicitDistribution, _instance)
-        ImplicitDistribution.__init__(new, self.sampler, batch_shape, self.event_shape)
+        ImplicitDistribution.__init__(new, self.sampler, batch_shape, self.event_shape, self.noise)
         return new
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -93,6 +100,14 @@ def is_implicit(fn: Any) -> bool:
             return True
         fn = getattr(fn, "base_dist", None)
     return False
+
+
+def lies_on_a_surface(fn: Any) -> bool:
+    """Whether draws are known to be a function of fewer noise inputs than they have values."""
+    while not isinstance(fn, ImplicitDistribution):
+        if (fn := getattr(fn, "base_dist", None)) is None:
+            return False
+    return fn.noise is not None and fn.noise < fn.event_shape.numel()
 
 
 def default_noise(size: int) -> int:
@@ -199,8 +214,11 @@ class Implicit(nn.Module):
         self.inject = inject
         self.shape = as_shape(features)
         size = math.prod(self.shape)
+        for name, value in {"context": context, "noise": noise}.items():
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name} is a whole number, 0 or more, got {value!r}")
         self.noises = default_noise(size) if noise is None else noise
-        if self.noises < 0 or not (self.noises or context):
+        if not (self.noises or context):
             raise ValueError(
                 f"expected some noise, or noise=0 with a context of which the draws are a function, got {noise=} and "
                 f"{context=}"
@@ -215,7 +233,8 @@ class Implicit(nn.Module):
     def forward(self, context: Tensor | None = None) -> ImplicitDistribution:
         check_context(context, self.context)
         batch = () if context is None else context.shape[:-1]
-        return ImplicitDistribution(partial(self._draw, context), batch, self.shape)
+        noise = self.noises * (1 + len(self.hidden)) if self.inject else self.noises
+        return ImplicitDistribution(partial(self._draw, context), batch, self.shape, noise)
 
     def _draw(self, context: Tensor | None, shape: Size) -> Tensor:
         inputs = [] if context is None else [context.expand(shape + context.shape[-1:])]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrogen.inference.checkpoints import seeded
-from pyrogen.inference.ratios import Ratio
+from pyrogen.inference.ratios import OwnRatio, Ratio
 
 __all__ = ["RatioCalibration", "calibrate_ratio", "fit_ratio"]
 
@@ -200,11 +200,13 @@ def calibrate_ratio(
         >>> bool(abs(calibration.estimated[1] - 1.0) < 0.25)
         True
     """
-    _check(features, samples, steps, batch_size, divergences)
+    _check(ratio, features, samples, steps, batch_size, divergences)
     estimated = []
     for divergence in divergences:
         with seeded(seed, torch.device("cpu")):
             trained = ratio(features)
+        if isinstance(trained, torch.nn.Module) and not isinstance(trained, Ratio):
+            trained = OwnRatio(trained)
         like = next(trained.parameters(), None) if isinstance(trained, Ratio) else None
         if like is None:
             raise ValueError(
@@ -245,7 +247,11 @@ def _estimate(
         return ratio.log_ratio(draw_q(HELD_OUT)).double().mean().item()
 
 
-def _check(features: int, samples: int | None, steps: int, batch_size: int, divergences: Sequence[float]) -> None:
+def _check(
+    ratio: object, features: int, samples: int | None, steps: int, batch_size: int, divergences: Sequence[float]
+) -> None:
+    if isinstance(ratio, torch.nn.Module) or not callable(ratio):
+        raise TypeError(f"expected a function from the number of features to a new ratio, got {ratio!r}")
     for name, value in {"features": features, "samples": samples, "steps": steps, "batch_size": batch_size}.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

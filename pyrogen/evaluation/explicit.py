@@ -141,7 +141,7 @@ class _Rows(nn.Module):
 
     def forward(self, *batch: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
-        return self.network(torch.cat([x.flatten(1).to(dtype) for x in batch], -1))
+        return self.network(torch.cat([x.reshape(len(x), -1).to(dtype) for x in batch], -1))
 
 
 def _built(pair: Prepared, model: Callable, guide: Callable) -> AmortizedGuide:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, passes, prep
 from pyrogen.inference.adaptive import SMALLEST_VARIANCE, Reference
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.guides import flattened
+from pyrogen.inference.matching import check_unmasked
 from pyrogen.inference.programs import is_real, per_row, sample_sites
 from pyrogen.inference.ratios import Logistic, Ratio
 from pyrogen.networks import Critic
@@ -133,8 +134,9 @@ def held_out_rate_estimate(
         The estimate: its ``.estimate`` in nats per observation, and ``.shown``.
 
     Raises:
-        ValueError: If a per-observation site has a point mass, the guide has implicit helper sites, an implicit prior
-            depends on sites that the guide draws later, or programs and observations do not fit.
+        ValueError: If a per-observation site has a point mass, an implicit one is masked, the guide has implicit helper
+            sites, an implicit prior depends on sites that the guide draws later, or programs and observations do not
+            fit.
 
     Example:
         >>> from pyrogen.data import LinearGaussian
@@ -190,7 +192,8 @@ def held_out_marginal_kl_estimate(
         The estimate; nothing of it is known without the critic.
 
     Raises:
-        ValueError: For fewer than three observations, or if programs and observations do not fit.
+        ValueError: For fewer than three observations, for a masked latent site, or if programs and observations do not
+            fit.
 
     Example:
         >>> from pyrogen.data import LinearGaussian
@@ -201,6 +204,9 @@ def held_out_marginal_kl_estimate(
         5
     """
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
+        for name, site in pair.latents.items():
+            if not site.is_global:
+                check_unmasked(name, pair.nodes[name])
         count = len(pair.batch[0])
         if count < 3:
             raise ValueError(f"parts to fit to, to stop by and to evaluate need at least 3 observations, got {count}")
@@ -407,16 +413,25 @@ class _OfEach(nn.Module):
 
 
 def _calibrated(estimate: float, width: int, steps: int, seed: int, learning_rate: float) -> RatioCalibration:
-    """The critic on Gaussians of divergences around an estimate, and of one so large that it may seem smaller."""
-    below = [known for known in DIVERGENCES if known <= estimate][-1:]
-    above = [known for known in DIVERGENCES if known >= 1.2 * estimate][:1]
-    return calibrate_ratio(
-        _critic,
-        features=width,
-        samples=POOL,
-        steps=steps,
-        batch_size=BATCH,
-        divergences=sorted({*below, *above, DIVERGENCES[-1]}),
-        learning_rate=learning_rate,
-        seed=seed,
-    )
+    """The critic on Gaussians of divergences around an estimate, and of one so large that it may seem smaller; where it
+    misjudges the nearest below, also on smaller ones, until one is found that it does not."""
+
+    def calibrated(divergences: Iterable[float]) -> RatioCalibration:
+        return calibrate_ratio(
+            _critic,
+            features=width,
+            samples=POOL,
+            steps=steps,
+            batch_size=BATCH,
+            divergences=sorted(divergences),
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+
+    *smaller, nearest = [known for known in DIVERGENCES if known <= estimate] or DIVERGENCES[:1]
+    above = {next((known for known in DIVERGENCES if known >= least), nearest) for least in (estimate, 1.2 * estimate)}
+    found = calibrated({nearest, *above, DIVERGENCES[-1]})
+    while smaller and not found.trusted:
+        one = calibrated([smaller.pop()])
+        found = RatioCalibration(one.known + found.known, one.estimated + found.estimated)
+    return found

@@ -78,8 +78,8 @@ def importance_sampling(
     Raises:
         ValueError: If the guide has a point mass at a per-observation site, or programs and observations do not fit.
         NoDensityError: A ``ValueError`` that names the implicit sites: with one in the guide, use a method that needs
-            no guide density, or an :func:`explicit_guide` fitted afterwards; with one in the model there is no
-            log p(x, z).
+            no guide density, such as annealed importance sampling, or an :func:`explicit_guide` fitted afterwards; with
+            one in the model there is no log p(x, z).
         ArithmeticError: If a weight is NaN; it names the site where that began.
 
     Example:

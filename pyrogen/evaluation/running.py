@@ -16,6 +16,7 @@ from pyrogen.inference.batches import Batches, as_batch, check_data
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.divergences import is_point_mass
+from pyrogen.inference.draws import is_masked
 from pyrogen.inference.programs import (
     Copies,
     Site,
@@ -111,6 +112,9 @@ class Prepared:
             )
         if helpers := [name for name in self.implicit_guide if name not in self.latents]:
             return f"the guide's helper sites {helpers} are implicit; give them an explicit family"
+        implicit = {*self.implicit_guide, *self.implicit_prior}
+        if masked := [name for name in self.latents if name in implicit and is_masked(self.nodes[name])]:
+            return f"the implicit sites {masked} are masked, so some of their draws are idle"
         for name in self.implicit_prior:
             late = set(before(self.latents, name)) - set(self.before(name))
             if late:
@@ -136,8 +140,8 @@ class Prepared:
             raise NoDensityError(
                 f"{what} needs the guide's density, but its distribution at the latent sites "
                 f"{[*self.implicit_guide]} is implicit: it can only be sampled. Use a method that needs no guide "
-                "density, or an explicit guide fitted afterwards to the frozen model: explicit_guide(model, guide, x) "
-                "gives one, and evaluate(run, x) does so by itself"
+                "density (annealed importance sampling), or an explicit guide fitted afterwards to the frozen model: "
+                "explicit_guide(model, guide, x) gives one, and evaluate(run, x) does so by itself"
             )
         if self.local_point_masses:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyrogen.inference.ratios import Ratio
+from pyrogen.inference.ratios import Ratio, at_least_single
 
 __all__ = ["AdaptiveContrast", "Covariance", "Reference"]
 
@@ -39,7 +39,7 @@ class Reference:
         Raises:
             ValueError: For too few draws.
         """
-        flat = draws.flatten(-event_dim)
+        flat = at_least_single(draws.flatten(-event_dim))
         count, needed = len(flat), 2 if covariance == "diagonal" else flat.shape[-1] + 1
         if count < needed:
             raise ValueError(
@@ -62,14 +62,16 @@ class Reference:
         """L⁻¹ (z − μ), in the shape of z."""
         centred = z.flatten(-self.event_dim) - self.mean
         if not self.is_full:
-            return (centred / self.lower).reshape(z.shape)
-        return torch.linalg.solve_triangular(self.lower, centred.unsqueeze(-1), upper=False).reshape(z.shape)
+            white = centred / self.lower
+        else:
+            white = torch.linalg.solve_triangular(self.lower, centred.unsqueeze(-1), upper=False)
+        return white.reshape(z.shape).to(z.dtype)
 
     def log_prob(self, white: Tensor) -> Tensor:
         """The log-density of the draws which are whitened to these, in nats."""
         scale = self.lower.diagonal(dim1=-2, dim2=-1) if self.is_full else self.lower
         size = scale.shape[-1]
-        squares = white.flatten(-self.event_dim).square().sum(-1)
+        squares = at_least_single(white).flatten(-self.event_dim).square().sum(-1)
         return -0.5 * squares - scale.log().sum(-1) - 0.5 * size * math.log(2 * math.pi)
 
 

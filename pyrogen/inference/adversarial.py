@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrogen.inference.adaptive import Covariance
-from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, VisibleContrast, build_ratio
+from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, VisibleContrast, build_ratio, of_one
 from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.hybrids import SMOOTH, Hybrid
@@ -58,9 +58,6 @@ class _Adversarial(CriticObjective):
         if self.loss_ == "wasserstein-gp":
             return Wasserstein(critic, gradient_penalty=self.gradient_penalty, r1=self.r1)
         return RATIOS[self.loss_](critic, r1=self.r1)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(loss={self.loss_!r})"
 
 
 class GAN(_Adversarial):
@@ -193,9 +190,9 @@ class JointContrast(Contrast):
         inferred, drawn = (draws.latents(nodes, draws.local) for nodes in (draws.model, draws.prior))
         return (draws.data(), inferred), (draws.samples, drawn)
 
-    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracies(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         (x, z), (sample, prior) = self.pairs(draws)
-        return self.ratio.loss_and_accuracy(x, sample, (z, prior))
+        return of_one(self.ratio.loss_and_accuracy(x, sample, (z, prior)))
 
 
 class VAEGAN(Hybrid):

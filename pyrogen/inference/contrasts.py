@@ -6,7 +6,7 @@ gradients, so that the two never mix.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from pyro.distributions.transforms import biject_to
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
-from pyrogen.distributions.implicit import is_implicit
+from pyrogen.distributions.implicit import is_implicit, lies_on_a_surface
 from pyrogen.inference.adaptive import AdaptiveContrast, Covariance, Reference
 from pyrogen.inference.draws import Draws, elements, from_elements
 from pyrogen.inference.matching import check_unmasked
@@ -30,6 +30,7 @@ __all__ = [
     "SiteContrast",
     "VisibleContrast",
     "build_ratio",
+    "of_one",
 ]
 
 MOMENT_DRAWS = 32
@@ -49,10 +50,10 @@ def build_ratio(ratio: RatioBuilder, critic: CriticBuilder, shape: Sequence[int]
         TypeError: If either is no such builder.
     """
     for builder, what in ((critic, "critic, called as critic(event_shape, context)"), (ratio, "ratio of a critic")):
-        if isinstance(builder, nn.Module):
+        if isinstance(builder, nn.Module) or not callable(builder):
             raise TypeError(
-                f"expected what makes a {what}, got a {type(builder).__name__} that is made already; pass the class, "
-                "or functools.partial of it with options"
+                f"expected what makes a {what}, got {_kind(builder)}; pass the class, or functools.partial of it with "
+                "options"
             )
     try:
         made = critic(tuple(shape), context)
@@ -65,14 +66,20 @@ def build_ratio(ratio: RatioBuilder, critic: CriticBuilder, shape: Sequence[int]
     return built
 
 
+def _kind(builder: Any) -> str:
+    made = isinstance(builder, nn.Module)
+    return f"a {type(builder).__name__} that is made already" if made else repr(builder)
+
+
 class Contrast(nn.Module):
     """Base: what every contrast offers an objective."""
 
-    settles: bool = False
-    """Whether its critic is at chance where all is well."""
+    settles: Collection[str] = ()
+    """Those of its critics that are at chance where all is well."""
 
-    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """What its critics minimise, and the share of draws that the first assigns to the right side, both ``()``."""
+    def loss_and_accuracies(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """What its critics minimise, and the share of draws that each assigns to the right side, all ``()``; the first
+        critic is called ``""``."""
         raise NotImplementedError(f"{type(self).__name__} must say what its critics minimise")
 
 
@@ -116,6 +123,13 @@ class SiteContrast(Contrast):
         self.of_both: Ratio | None = None
         self.of_prior: Ratio | None = None
         guide, model = draws.guide[name]["fn"], draws.model[name]["fn"]
+        for whose, fn in (("guide", guide), ("model", model)):
+            if lies_on_a_surface(fn):
+                raise ValueError(
+                    f"the {whose}'s draws at site '{name}' are functions of fewer noise inputs than they have values: "
+                    "they lie on a surface, where every ratio of densities is infinite. Give Implicit at least as much "
+                    "noise as features, or match the marginals (AAE, WAE, VGHPlusPlus)"
+                )
         if contrast == "none":
             _check_order(draws, name)
             self.of_both = build(context)
@@ -126,7 +140,7 @@ class SiteContrast(Contrast):
                 self.of_model = AdaptiveContrast(build(parents), covariance)
         if is_implicit(model):
             self.of_prior = build(parents)
-        self.settles = self.of_both is None  # the normal of an adaptive contrast may be all that there is
+        self.settles = () if contrast == "none" else ("", "_model")  # the normal may be all that there is
 
     def estimate(self, draws: Draws) -> Tensor:
         """log q − log p in nats, in the batch shape of the site, as if nothing of it were masked; its gradient is that
@@ -159,21 +173,20 @@ class SiteContrast(Contrast):
         terms = from_elements(node, self_normalised(self.of_prior.log_ratio(self._values(draws, draw), given)))
         return without_value(per_row(node, scale_and_mask(terms, mask=mask)).mean())
 
-    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracies(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         z = self._values(draws, draws.model[self.name]["value"]).detach()
         context, parents = self._given(draws)
-        both = []
+        found = {}
         if self.of_both is not None:
-            both.append(self.of_both.loss_and_accuracy(z, self._prior_draws(draws), context))
+            found[""] = self.of_both.loss_and_accuracy(z, self._prior_draws(draws), context)
         if self.of_guide is not None:
-            both.append(self.of_guide.loss_and_accuracy(z, context, self._reference_of_guide(draws)))
+            found[""] = self.of_guide.loss_and_accuracy(z, context, self._reference_of_guide(draws))
         if self.of_model is not None:
             reference = self._reference_of_model(draws)
-            both.append(self.of_model.loss_and_accuracy(self._prior_draws(draws), parents, reference))
+            found["_model"] = self.of_model.loss_and_accuracy(self._prior_draws(draws), parents, reference)
         if self.of_prior is not None:
-            both.append(self.of_prior.loss_and_accuracy(z, self._prior_draws(draws), parents))
-        losses, accuracies = zip(*both, strict=True)
-        return torch.stack(losses).sum(), accuracies[0]
+            found["_prior"] = self.of_prior.loss_and_accuracy(z, self._prior_draws(draws), parents)
+        return torch.stack([loss for loss, _ in found.values()]).sum(), {key: each for key, (_, each) in found.items()}
 
     def _prior_draws(self, draws: Draws) -> Tensor:
         """A draw of the model's side for each of the guide's, as a constant, ``(K, B, P, *event)``."""
@@ -271,26 +284,29 @@ class LatentContrast(Contrast):
         return self.ratio.log_ratio(draws.latents(draws.model, draws.local)).view(draws.particles, -1)
 
     def prior_term(self, draws: Draws) -> Tensor | float:
-        """What teaches the model's sites; see :class:`SiteContrast`."""
+        """What teaches the model's sites, see :class:`SiteContrast`, and the global ones that they depend on."""
         if any(is_implicit(draws.model[name]["fn"]) for name in draws.local):
             z = draws.latents(draws.prior_latents, draws.local)
             return without_value(self_normalised(self.ratio.log_ratio(z)).mean()) if z.requires_grad else 0.0
-        first = draws.model[draws.local[0]]
-        if len(draws.local) == 1 and not first["fn"].log_prob(first["value"].detach()).requires_grad:
-            return 0.0  # a fixed prior has nothing to learn, and needs no further run of the model
-        nodes = [draws.detached_latents[name] for name in draws.local]
-        log_p = torch.stack([per_row(node, node["fn"].log_prob(node["value"])).mean() for node in nodes])
-        return without_value(-log_p.sum())
+        # The first site is drawn given global ones alone, so its distribution is at hand.
+        nodes = draws.model if len(draws.local) == 1 else draws.detached_local_latents
+        log_p = [
+            per_row(nodes[name], nodes[name]["fn"].log_prob(nodes[name]["value"].detach())).mean()
+            for name in draws.local
+        ]
+        term = -torch.stack(log_p).sum()
+        return without_value(term) if term.requires_grad else 0.0
 
-    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracies(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         z, prior = (draws.latents(nodes, draws.local).detach() for nodes in (draws.model, draws.prior_latents))
-        return self.ratio.loss_and_accuracy(z, prior)
+        return of_one(self.ratio.loss_and_accuracy(z, prior))
 
 
 class VisibleContrast(Contrast):
     """Data against what the model shows: reconstructions, samples of the prior, or both.
 
-    Of a discrete observed site the critic sees the distribution's mean, of any other one a draw with gradients.
+    Of a discrete observed site the critic sees the distribution's mean, of any other one a draw with gradients; without
+    either, or where some of it is masked, there is a ``ValueError``.
     """
 
     def __init__(
@@ -301,7 +317,7 @@ class VisibleContrast(Contrast):
         self.samples = samples
         self.ratio = build_ratio(ratio, critic, draws.data().shape[1:], 0)
 
-    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracies(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         data, rows, fakes = draws.data().detach(), len(draws.batch[0]), []
         if self.reconstructions:
             fakes.append(draws.reconstructions.detach()[:rows])
@@ -309,7 +325,13 @@ class VisibleContrast(Contrast):
             fakes.append(draws.samples.detach()[:rows])
         if self.ratio.needs_pairs:
             data = repeat((data,), len(fakes))[0]
-        return self.ratio.loss_and_accuracy(data, torch.cat(fakes))
+        return of_one(self.ratio.loss_and_accuracy(data, torch.cat(fakes)))
+
+
+def of_one(loss_and_accuracy: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a contrast with one critic says of it."""
+    loss, accuracy = loss_and_accuracy
+    return loss, {"": accuracy}
 
 
 def without_value(value: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ class CriticObjective(Objective):
     """
 
     validates_as: ClassVar[str | None] = "validation_estimate"
-    critic_steps: int = 1
-    """Steps of the critics for each of the program, by default."""
 
     def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
         super().__init__(particles, observations=observations)
@@ -76,13 +74,14 @@ class CriticObjective(Objective):
             contrasts = self.contrasts(draws)
             if self._prepared_for is None:
                 for name, contrast in contrasts.items():
-                    self.critics[name] = contrast.to(rows[0].device, rows[0].dtype)
+                    self.critics[name] = contrast.to(draws.like)
                     _check_contrast(name, contrast, draws)
             elif _shapes(nn.ModuleDict(contrasts)) != _shapes(self.critics):
                 raise ValueError(
                     f"this {type(self).__name__} has critics that were built for programs with other sites: "
-                    f"{[*self.critics] or 'none'}, where {[*contrasts] or 'none'} are needed now; use a new one"
+                    f"{_sizes(self.critics)}, where {_sizes(contrasts)} are needed now; use a new one"
                 )
+            self.critics.to(draws.like)
             self.of_program(draws)  # so that what this can't serve is found before training
         self._prepared_for = programs
 
@@ -91,7 +90,7 @@ class CriticObjective(Objective):
         super().check_guide(guide)
         if guide is None and self.uses_guide:
             raise ValueError(
-                f"{type(self).__name__} teaches a guide beside the model, and there is no guide for them; pass one, "
+                f"{type(self).__name__} teaches a guide beside the model, but guide is None; pass one, "
                 "such as AmortizedGuide(model, encoder), or train the model alone with GAN()"
             )
 
@@ -108,10 +107,13 @@ class CriticObjective(Objective):
         contrasts: Any = self.critics.items()
         if not contrasts:
             return torch.zeros((), device=draws.rows[0].device), {}
-        found = {name: contrast.loss_and_accuracy(draws) for name, contrast in contrasts}
-        total = torch.stack([loss for loss, _ in found.values()]).sum()
-        accuracies = {f"{PREFIX}{name}": accuracy for name, (_, accuracy) in found.items()}
-        return total, {"critic_loss": total.detach()} | accuracies
+        losses, metrics = [], dict[str, Tensor]()
+        for name, contrast in contrasts:
+            loss, accuracies = contrast.loss_and_accuracies(draws)
+            losses.append(loss)
+            metrics |= {f"{PREFIX}{name}{which}": accuracy for which, accuracy in accuracies.items()}
+        total = torch.stack(losses).sum()
+        return total, {"critic_loss": total.detach()} | metrics
 
     def estimate(self, model: Callable, guide: Callable | None, *batch: Tensor) -> Estimate:
         self.prepare(model, guide, *batch)
@@ -141,13 +143,18 @@ def _shapes(critics: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in critics.state_dict().items()}
 
 
+def _sizes(critics: Any) -> str:
+    sizes = (f"'{name}' of {sum(p.numel() for p in part.parameters())} weights" for name, part in critics.items())
+    return ", ".join(sizes) or "none"
+
+
 def _check_contrast(name: str, contrast: Any, draws: Draws) -> None:
     """Run a contrast once, so that a critic of a wrong shape is found before training."""
     try:
-        loss, _ = contrast.loss_and_accuracy(draws)
+        loss, _ = contrast.loss_and_accuracies(draws)
     except NotImplementedError:
         raise
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(
             f"the critic of '{name}' does not fit what it looks at ({error}); it is called as critic(z, context) and "
             "returns one number for each draw"

@@ -12,10 +12,19 @@ from torch import Tensor
 
 from pyrogen.distributions.implicit import is_implicit
 from pyrogen.inference.guides import flattened
-from pyrogen.inference.programs import Site, before, data_frame, latent_sites, observed_sites, repeat, sample_sites
+from pyrogen.inference.programs import (
+    Site,
+    before,
+    data_frame,
+    global_draws,
+    latent_sites,
+    observed_sites,
+    repeat,
+    sample_sites,
+)
 from pyrogen.inference.terms import Traces, trace_programs
 
-__all__ = ["Draws", "by_value", "draw_only", "elements", "from_elements"]
+__all__ = ["Draws", "by_value", "draw_only", "elements", "from_elements", "is_masked"]
 
 
 class Draws:
@@ -63,37 +72,46 @@ class Draws:
     def detached(self) -> dict[str, dict[str, Any]]:
         """The model's sites, run on the guide's draws without their gradients."""
         with torch.set_grad_enabled(self.gradients):
-            return sample_sites(poutine.trace(self._on_constants(self.guide)).get_trace(*self.rows))
+            return sample_sites(poutine.trace(self._on(_constants(self.traces.guide))).get_trace(*self.rows))
 
     @cached_property
     def detached_latents(self) -> dict[str, dict[str, Any]]:
         """Of :attr:`detached` the per-observation latent sites, without what the model does after them."""
         with torch.set_grad_enabled(self.gradients):
-            return draw_only(self._on_constants(self.guide), self.local, self.rows)
+            return draw_only(self._on(_constants(self.traces.guide)), self.local, self.rows)
+
+    @cached_property
+    def detached_local_latents(self) -> dict[str, dict[str, Any]]:
+        """The same where the guide's draws of global sites keep their gradients."""
+        with torch.set_grad_enabled(self.gradients):
+            return draw_only(self._on(_constants(self.traces.model, self.local)), self.local, self.rows)
 
     @cached_property
     def prior_trace(self) -> poutine.Trace:
-        """The model run on its own with nothing observed, at the guide's global sites."""
+        """The model run on its own with nothing observed, at the guide's global sites without their gradients."""
+        shared = _constants(global_draws(self.traces.model)) if self.with_guide else poutine.Trace()
         with torch.set_grad_enabled(self.gradients):
-            return poutine.trace(self._alone()).get_trace(*self.rows)
+            return poutine.trace(poutine.uncondition(self._on(shared))).get_trace(*self.rows)
 
     @cached_property
     def prior_latents(self) -> dict[str, dict[str, Any]]:
-        """The per-observation latent sites of another such run, without what the model does after them."""
+        """The per-observation latent sites of another such run, with the gradients of global sites, and without what
+        the model does after them."""
+        shared = global_draws(self.traces.model) if self.with_guide else poutine.Trace()
         with torch.set_grad_enabled(self.gradients):
-            return draw_only(self._alone(), self.local, self.rows)
+            return draw_only(poutine.uncondition(self._on(shared)), self.local, self.rows)
 
-    def _alone(self) -> Callable:
-        known = self.guide.items() if self.with_guide else ()
-        shared = {name: node for name, node in known if data_frame(node) is None}
-        return poutine.uncondition(self._on_constants(shared))
-
-    def _on_constants(self, nodes: dict[str, dict[str, Any]]) -> Callable:
-        """The model at the values of some sites, without their gradients."""
-        held = poutine.Trace()
-        for name, node in nodes.items():
-            held.add_node(name, **node | {"value": node["value"].detach()})
+    def _on(self, held: poutine.Trace) -> Callable:
+        """The model at the values of some sites."""
         return poutine.replay(self.program, trace=held)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the precision and on the device that critics shall have: observations, or where these are whole
+        numbers, latent values."""
+        drawn = self.model if self.with_guide else self.prior
+        values: list[Tensor] = [*self.rows, *(drawn[name]["value"] for name in self.sites)]
+        return next((x for x in values if x.is_floating_point()), torch.zeros((), device=self.rows[0].device))
 
     @cached_property
     def prior(self) -> dict[str, dict[str, Any]]:
@@ -113,7 +131,7 @@ class Draws:
         if self.traces.features is not None:
             seen = self.traces.features.detach()
         else:
-            seen = torch.cat([x.flatten(1).to(self.rows[0].dtype) for x in self.rows], -1)
+            seen = torch.cat([x.reshape(len(x), -1).to(self.like.dtype) for x in self.rows], -1)
         earlier = [other for other in before(self.guide, name) if other in self.sites]
         return torch.cat([seen, self.latents(self.model, earlier)], -1) if earlier else seen
 
@@ -134,17 +152,26 @@ class Draws:
         return [name for name, node in observed_sites(trace).items() if data_frame(node) is not None]
 
     def data(self) -> Tensor:
-        """What is observed, once for each of B rows."""
-        if self.with_guide:
-            values = {name: self.model[name]["value"] for name in self.visible_names()}
-        else:
-            values = {name: self.prior[name]["infer"]["obs"] for name in self.visible_names()}
-        return self._visible(values)[: len(self.batch[0])]
+        """What is observed, once for each of B rows.
+
+        Raises:
+            ValueError: If some of it is masked.
+        """
+        nodes = self.model if self.with_guide else self.prior
+        seen = {}
+        for name in self.visible_names():
+            if is_masked(nodes[name]):
+                raise ValueError(
+                    f"the observed site '{name}' is masked, and what stands at its missing places would be taken for "
+                    "data; train by the likelihood, which leaves it out (ELBO, AVB, AAE), or fill it in"
+                )
+            seen[name] = nodes[name]["value"] if self.with_guide else nodes[name]["infer"]["obs"]
+        return self._visible(nodes, seen)[: len(self.batch[0])]
 
     def visible(self, nodes: dict[str, dict[str, Any]]) -> Tensor:
         """What a run of the model shows at its observed sites, ``(K * B, *event_shape)``, with gradients."""
         with torch.set_grad_enabled(self.gradients):
-            return self._visible({name: _shown(name, nodes[name]) for name in self.visible_names()})
+            return self._visible(nodes, {name: _shown(name, nodes[name]) for name in self.visible_names()})
 
     @cached_property
     def reconstructions(self) -> Tensor:
@@ -156,16 +183,41 @@ class Draws:
         """What the model shows on its own."""
         return self.visible(self.prior)
 
-    def _visible(self, values: dict[str, Tensor]) -> Tensor:
-        rows = len(self.rows[0])
-        if len(values) > 1:
-            return torch.cat([value.reshape(rows, -1) for value in values.values()], -1)
-        (value,) = values.values()
-        return value.reshape(rows, 1) if value.dim() == 1 else value
+    def _visible(self, nodes: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> Tensor:
+        by_row = [_rows_first(nodes[name], value).to(self.like.dtype) for name, value in values.items()]
+        if len(by_row) > 1:
+            return torch.cat([value.flatten(1) for value in by_row], -1)
+        return by_row[0].unsqueeze(-1) if by_row[0].dim() == 1 else by_row[0]
+
+
+def _constants(trace: poutine.Trace, names: Iterable[str] | None = None) -> poutine.Trace:
+    """The latent sites of a trace, all of them or those named without their gradients."""
+    held = poutine.Trace()
+    for name, node in sample_sites(trace).items():
+        if not node["is_observed"]:
+            value = node["value"].detach() if names is None or name in names else node["value"]
+            held.add_node(name, **node | {"value": value})
+    return held
+
+
+def _rows_first(node: dict[str, Any], value: Tensor) -> Tensor:
+    """A value of a site in the plate ``"data"``, with that plate in front of all others."""
+    frame = data_frame(node)
+    assert frame is not None and frame.dim is not None
+    return value.movedim(frame.dim - node["fn"].event_dim, 0)
+
+
+def is_masked(node: dict[str, Any]) -> bool:
+    """Whether some of a site's elements may be idle."""
+    return node["mask"] is not None or isinstance(by_value(node["fn"]), dist.MaskedDistribution)
 
 
 def _shown(name: str, node: dict[str, Any]) -> Tensor:
-    """A draw with gradients from the distribution of an observed site; of a discrete one its mean."""
+    """A draw with gradients from the distribution of an observed site; of a discrete one its mean.
+
+    Raises:
+        ValueError: If it has neither.
+    """
     fn = node["fn"]
     if is_implicit(fn) or fn.has_rsample:
         return fn.rsample() if node["is_observed"] else node["value"]
@@ -173,6 +225,11 @@ def _shown(name: str, node: dict[str, Any]) -> Tensor:
         raise ValueError(
             f"a critic sees the mean of a discrete observed site, and the Categorical at '{name}' has none: its values "
             "are mere names. Observe it one-hot, by OneHotCategorical"
+        )
+    if not fn.support.is_discrete:
+        raise ValueError(
+            f"draws of the {type(by_value(fn)).__name__} at the observed site '{name}' have no gradients, from which a "
+            "critic could teach it; use a likelihood with rsample, or Implicit"
         )
     return fn.mean
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
@@ -35,7 +35,7 @@ from pyrogen.inference.matching import check_weights
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.programs import repeat
 from pyrogen.inference.ratios import Logistic, Ratio
-from pyrogen.inference.terms import Terms, compare_sites, has_no_density, nothing
+from pyrogen.inference.terms import Terms, compare_sites, has_no_density, local_sites, nothing
 from pyrogen.networks.critics import Critic
 
 __all__ = ["AAE", "AVB", "VGH", "AlphaGAN", "Hybrid", "VGHPlusPlus"]
@@ -135,7 +135,7 @@ class Hybrid(CriticObjective):
                         f"adaptive contrast at site '{name}' takes moments over particles; expected particles of at "
                         f"least 2, better 8, got {self.particles}"
                     )
-                found[name] = SiteContrast(name, draws, self.ratio, self.critic, self.contrast, self.covariance)
+                found[_key(name)] = SiteContrast(name, draws, self.ratio, self.critic, self.contrast, self.covariance)
         if self.visible_reconstructions or self.visible_samples:
             found["visible"] = VisibleContrast(
                 draws,
@@ -148,7 +148,7 @@ class Hybrid(CriticObjective):
 
     def of_program(self, draws: Draws) -> Estimate:
         terms = self._compared(draws)
-        loss = torch.as_tensor(terms.global_rate, dtype=draws.rows[0].dtype, device=draws.rows[0].device)
+        loss = torch.as_tensor(terms.global_rate, dtype=draws.like.dtype, device=draws.like.device)
         metrics = {}
         if terms.log_likelihoods:
             metrics["distortion"] = -terms.log_likelihood.mean()
@@ -179,11 +179,11 @@ class Hybrid(CriticObjective):
         return all(name == "visible" for name in self.critics)
 
     def _compared(self, draws: Draws) -> Terms:
-        sites = {name: part for name, part in self.critics.items() if isinstance(part, SiteContrast)}
-        estimates = {name: contrast.estimate(draws) for name, contrast in sites.items()}
-        if not (self.latent and self.match == "conditional"):
-            implicit = [name for name in draws.local if has_no_density(draws.guide[name], draws.model[name])]
-            estimates |= nothing(draws.traces, implicit)
+        if self.latent and self.match == "conditional":
+            sites = [part for part in self.critics.values() if isinstance(part, SiteContrast)]
+            estimates = {site.name: site.estimate(draws) for site in sites}
+        else:
+            estimates = nothing(draws.traces, local_sites(draws.traces))
         terms = compare_sites(draws.traces, observations=self.observations, closed_form=True, estimates=estimates)
         if self.log_likelihood and len(terms.log_likelihoods) < len(draws.visible_names()):
             raise NoDensityError(
@@ -205,7 +205,13 @@ class Hybrid(CriticObjective):
         return -ratio.log_ratio(shown).mean() if ratio.gives_log_ratio else ratio.generator_loss(shown)
 
     def bound(self, model: Callable, guide: Callable, *batch: Tensor) -> Tensor:
-        """An estimate of the evidence lower bound of each observation in nats, ``(B,)``; critics make it no bound."""
+        """An estimate of the evidence lower bound of each observation in nats, ``(B,)``; critics make it no bound.
+
+        Raises:
+            ValueError: If the latent term has no weight, or the observed sites are implicit.
+        """
+        if not self.latent:
+            raise ValueError(f"{type(self).__name__} gives the latent term no weight, so it knows no bound; use ELBO()")
         self.prepare(model, guide, *batch)
         draws = Draws(model, guide, batch, self.particles)
         terms = self._compared(draws)
@@ -218,9 +224,15 @@ class Hybrid(CriticObjective):
 
     @property
     def validates_as(self) -> str | None:  # type: ignore[override]
-        if not self.log_likelihood:
+        if not (self.log_likelihood and self.latent):
             return None
         return "validation" if self.exact and self.match == "conditional" else "validation_estimate"
+
+
+def _key(site: str) -> str:
+    """What the critics of a site are filed under: its name, unless that is taken or no name for a module."""
+    taken = site in ("latent", "visible") or hasattr(nn.ModuleDict(), site)
+    return f"site {site.replace('.', '-')}" if taken or "." in site else site
 
 
 class AVB(Hybrid):
@@ -232,6 +244,9 @@ class AVB(Hybrid):
     with a critic for the density of each implicit side of each latent site. Explicit sites beside them have their
     divergence in closed form or by Monte Carlo. Mescheder, Nowozin & Geiger 2017, 1701.04722; their settings, Adam
     with β₁ = 0.5 and a critic that learns faster than the program, are a good start.
+
+    With adaptive contrast a critic is at chance where the posteriors are normal, so a fit does not warn of that; that
+    it has learned a held-out estimate tells (:func:`~pyrogen.evaluation.held_out_rate_estimate`).
 
     Args:
         particles: Number K of draws for each observation; adaptive contrast needs at least 2.

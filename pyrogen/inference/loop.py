@@ -80,7 +80,7 @@ class Training:
                 critics, self.learning_rates["critic"], options, fabric.device, betas=options.critic.betas
             )
         contrasts: Any = run.objective.critics.items()
-        self.settling = {name for name, contrast in contrasts if contrast.settles}
+        self.settling = {f"{name}{which}" for name, contrast in contrasts for which in contrast.settles}
         self.critic_steps = (options.critic.steps or run.objective.critic_steps) if critics else 1
         self.module: Any
         self.module, *steppers = fabric.setup(self.programs, *self.optimizers.values())

@@ -18,7 +18,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
-from pyrogen.inference.draws import by_value, draw_only, elements
+from pyrogen.inference.draws import draw_only, elements, is_masked
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
 from pyrogen.inference.objectives import Estimate, Objective
 from pyrogen.inference.programs import data_frame, global_draws, observed_sites, per_row, sample_sites
@@ -27,6 +27,7 @@ from pyrogen.inference.terms import (
     Traces,
     compare_sites,
     has_no_density,
+    local_sites,
     nothing,
     trace_programs,
     without_density,
@@ -138,13 +139,7 @@ class WAE(Matching):
         )
 
     def compared(self, traces: Traces) -> Terms:
-        drawn, modelled = sample_sites(traces.guide), sample_sites(traces.model)
-        local = [
-            name
-            for name, node in drawn.items()
-            if not node["is_observed"] and data_frame(modelled.get(name, node)) is not None
-        ]
-        unasked = nothing(traces, local)
+        unasked = nothing(traces, local_sites(traces))
         return compare_sites(traces, observations=self.observations, closed_form=True, estimates=unasked)
 
     def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
@@ -215,6 +210,8 @@ class InfoVAE(Matching):
 def check_weights(**weights: float) -> None:
     """Raise a ``ValueError`` for a weight that is negative or not finite, by its name."""
     for name, value in weights.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
         if value < 0:
             raise ValueError(f"{name} cannot be negative, got {value}")
         if not math.isfinite(value):
@@ -286,10 +283,10 @@ def _side_by_side(nodes: dict[str, dict[str, Any]], copies: int) -> Tensor:
 
 def check_unmasked(name: str, node: dict[str, Any]) -> None:
     """Raise a ``ValueError`` at a latent site some of whose draws are idle."""
-    if node["mask"] is not None or isinstance(by_value(node["fn"]), dist.MaskedDistribution):
+    if is_masked(node):
         raise ValueError(
             f"the latent site '{name}' is masked, so its draws are not all draws of the posterior and can't be "
-            "compared with the prior's; train this model with ELBO()"
+            "compared with the prior's; train this model with AVB(), or with ELBO() where all sites have densities"
         )
 
 

@@ -178,7 +178,8 @@ class Objective(pyro.infer.ELBO):
         """The particles, and whatever else differs from its default."""
         shown = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value, default = (_in_words(each) for each in (getattr(self, name, None), parameter.default))
+            held = vars(self).get(f"{name}_", getattr(self, name, None))  # as loss_, where the name is a method's
+            value, default = _in_words(held), _in_words(parameter.default)
             if name == "particles" or (name != "observations" and value != default):
                 shown.append(f"{name}={value}")
         return f"{type(self).__name__}({', '.join(shown)})"

@@ -82,6 +82,8 @@ class Ratio(nn.Module):
     """Whether :meth:`loss` takes as many samples of one side as of the other."""
     event_dim: int | None = None
     """How many dimensions a sample has, where that is known; then every score is checked to be one of a sample."""
+    border: ClassVar[float] = 0.0
+    """The T at which both sides are equally likely; it is added to the critic's output, so that critics start there."""
 
     def __init__(self, critic: nn.Module, *, r1: float = 0.0) -> None:
         super().__init__()
@@ -91,8 +93,10 @@ class Ratio(nn.Module):
         self.r1 = r1
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """The critic's output T for samples ``(..., *E)`` and a context ``(..., C)``: ``(...)``, at least float32."""
-        scores = self.critic(z, context)
+        """T for samples ``(..., *E)`` and a context ``(..., C)``: ``(...)``, at least float32."""
+        return self._checked(self.critic(z, context), z, context) + self.border
+
+    def _checked(self, scores: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         if not self._fits(scores, z, context):
             raise ValueError(
                 f"the critic must return one score for each sample: for samples {tuple(z.shape)} it returned "
@@ -193,8 +197,8 @@ class Ratio(nn.Module):
         return self._log_ratio(t1).mean()
 
     def _border(self, t1: Tensor, t0: Tensor) -> Tensor | float:
-        """The output at which both sides are equally likely."""
-        return 0.0
+        """Where the two sides part; :attr:`border`, unless it depends on the outputs."""
+        return self.border
 
     def extra_repr(self) -> str:
         return f"r1={self.r1}" if self.r1 else ""
@@ -317,11 +321,13 @@ class NWJ(Ratio):
 
     .. math:: \operatorname{KL}(p_1 \| p_0) = \max_T \; \mathbb{E}_{p_1} T - \mathbb{E}_{p_0} e^{T - 1}
 
-    At the optimum :math:`T = 1 + \log p_1 / p_0`. The exponential is continued by its tangent where its exponent passes
-    30, so that it can't overflow. Its variance is exponential in the divergence, as that of :class:`DonskerVaradhan`.
-    Nguyen, Wainwright & Jordan 2010, *Estimating divergence functionals and the likelihood ratio by convex risk
-    minimization*, 0809.0853; as f-GAN's KL: Nowozin et al. 2016, 1606.00709.
+    At the optimum :math:`T = 1 + \log p_1 / p_0`; T is 1 and the critic's output. The exponential is continued by its
+    tangent where its exponent passes 30, so that it can't overflow. Its variance is exponential in the divergence, as
+    that of :class:`DonskerVaradhan`. Nguyen, Wainwright & Jordan 2010, *Estimating divergence functionals and the
+    likelihood ratio by convex risk minimization*, 0809.0853; as f-GAN's KL: Nowozin et al. 2016, 1606.00709.
     """
+
+    border = 1.0
 
     def _critic_loss(self, t1: Tensor, t0: Tensor) -> Tensor:
         return _tangent_exp(t0 - 1).mean() - t1.mean()
@@ -332,24 +338,23 @@ class NWJ(Ratio):
     def _divergence(self, t1: Tensor, t0: Tensor) -> Tensor:
         return -self._critic_loss(t1, t0)
 
-    def _border(self, t1: Tensor, t0: Tensor) -> Tensor | float:
-        return 1.0
-
 
 class LeastSquares(Ratio):
     r"""The least-squares critic of LSGAN, with labels 1 and 0.
 
     .. math:: \min_T \; \tfrac12 \mathbb{E}_{p_1} (T - 1)^2 + \tfrac12 \mathbb{E}_{p_0} T^2
 
-    At the optimum :math:`T = p_1 / (p_1 + p_0)`, so the log ratio is its logit. The critic's output is not confined to
-    (0, 1), so the log ratio is :math:`\log s(T) - \log s(1 - T)` with the soft clamp
-    :math:`s(t) = \tfrac12 (t + \sqrt{t^2 + 4 \delta^2})`, δ = 0.01: the logit to 0.04 where T is between 0.05 and 0.95,
-    ±4.6 where it is 0 or 1, and rising everywhere, logarithmically outside. Beyond 3 nats either way it says hardly
-    more than the sign: a probability near 1 is fitted to an absolute error.
+    At the optimum :math:`T = p_1 / (p_1 + p_0)`, so the log ratio is its logit. T is ½ and the critic's output, not
+    confined to (0, 1), so the log ratio is :math:`\log s(T) - \log s(1 - T)` with the soft clamp :math:`s(t) = \tfrac12
+    (t + \sqrt{t^2 + 4 \delta^2})`, δ = 0.01: the logit to 0.04 where T is between 0.05 and 0.95, ±4.6 where it is 0 or
+    1, and rising everywhere, logarithmically outside. Beyond 3 nats either way it says hardly more than the sign: a
+    probability near 1 is fitted to an absolute error.
 
     The divergence is the triangular discrimination :math:`\tfrac12 \int (p_1 - p_0)^2 / (p_1 + p_0) \in [0, 1]`. Mao et
     al. 2017, *Least squares generative adversarial networks*, 1611.04076.
     """
+
+    border = 0.5
 
     def _critic_loss(self, t1: Tensor, t0: Tensor) -> Tensor:
         return 0.5 * ((t1 - 1).square().mean() + t0.square().mean())
@@ -363,9 +368,6 @@ class LeastSquares(Ratio):
 
     def _divergence(self, t1: Tensor, t0: Tensor) -> Tensor:
         return 1 - 4 * self._critic_loss(t1, t0)
-
-    def _border(self, t1: Tensor, t0: Tensor) -> Tensor | float:
-        return 0.5
 
 
 class Wasserstein(Ratio):
@@ -404,9 +406,9 @@ class Wasserstein(Ratio):
             return 0.0
         need_pairs(u, v)
         share = torch.rand(u.shape[:leading], dtype=u.dtype, device=u.device)
-        between, context, joint = torch.lerp(v, u, trailing(share, u)), context_u, context_u is not context_v
+        between, context, joint = _between(v, u, share), context_u, context_u is not context_v
         if joint and context_u is not None and context_v is not None:
-            context = torch.lerp(context_v, context_u, trailing(share, context_u))
+            context = _between(context_v, context_u, share)
         _, slope = self._slope(between, context, joint)
         # The root has no slope at 0, where the gradient of a critic may well be: keep off it.
         return self.gradient_penalty * (slope.clamp(min=1e-12).sqrt() - 1).square().mean()
@@ -466,16 +468,19 @@ class OwnRatio(Ratio):
         super().__init__(ratio)
 
     def log_ratio(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return at_least_single(self.critic.log_ratio(z, context))  # type: ignore[operator]
+        return self._checked(self.critic.log_ratio(z, context), z, context)  # type: ignore[operator]
 
     def loss_and_accuracy(
         self, numerator: Tensor, denominator: Tensor, context: Context = None
     ) -> tuple[Tensor, Tensor]:
-        """Its loss, and NaN, for it says nothing of accuracy."""
         u, v, context_u, context_v = detached_sides(numerator, denominator, context)
         shared = context_u if context_u is context_v else (context_u, context_v)
         loss = self.critic.loss(u, v, shared)  # type: ignore[operator]
-        return loss, loss.new_tensor(torch.nan)
+        if loss.dim():
+            raise ValueError(f"the loss of {type(self.critic).__name__} must be one number, got {tuple(loss.shape)}")
+        with torch.no_grad():
+            accuracy = self._accuracy(self.log_ratio(u, context_u), self.log_ratio(v, context_v))
+        return loss, accuracy
 
     def generator_loss(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         return -self.log_ratio(z, context).mean()
@@ -509,6 +514,11 @@ def at_least_single(t: Tensor) -> Tensor:
 def trailing(share: Tensor, like: Tensor) -> Tensor:
     """``share`` with dimensions of 1 behind, so that it broadcasts against ``like``."""
     return share.reshape(share.shape + (1,) * (like.dim() - share.dim()))
+
+
+def _between(v: Tensor, u: Tensor, share: Tensor) -> Tensor:
+    """v + share · (u − v) in the precision of u; under autocast that of v, which a network made, may be another."""
+    return torch.lerp(v.to(u.dtype), u, trailing(share, u).to(u.dtype))
 
 
 def _log_mean_exp(t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +47,7 @@ class CriticOptions:
         learning_rate: Of their Adam; by default the program's.
         betas: Of their Adam.
         steps: Steps of the critics for each of the program, all but the last on rows drawn at random; by default what
-            the objective says, 1 or, for a Wasserstein critic, 5.
+            the objective says: 1, or 5 for ``GAN("wasserstein-gp")`` and ``ALI("wasserstein-gp")``.
         warmup: Steps in which critics alone are trained, before the program moves. They count among the steps of the
             fit, and schedules run meanwhile.
     """
@@ -58,9 +58,10 @@ class CriticOptions:
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+        rate = self.learning_rate
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
             raise ValueError(f"the critics' learning_rate must be a positive number, got {self.learning_rate!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             raise ValueError(f"critics need at least 1 step for each of the program, got steps={self.steps!r}")
@@ -109,6 +110,8 @@ class FitOptions:
                 "optimizer is a callable such as torch.optim.AdamW or functools.partial(torch.optim.SGD, "
                 f"momentum=0.9), got {self.optimizer!r}"
             )
+        if not isinstance(self.critic, CriticOptions):
+            raise ValueError(f"critic is CriticOptions(...), how critics are trained, got {self.critic!r}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average is the decay of averaged weights, between 0 and 1, got {self.average!r}")
         if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
@@ -131,7 +134,9 @@ class Run:
             validation data, in nats per observation. Where a critic has a part in them the names are ``rate_estimate``,
             ``marginal_kl_estimate`` and ``validation_estimate``; of critics there are ``critic_loss``, what they say of
             the model's data (``verdict_samples``, ``verdict_reconstructions``), and the share of draws that each tells
-            apart, ``accuracy_`` and its name. The loss is the program's alone.
+            apart, ``accuracy_`` and its name; at a site with an implicit prior there are ``accuracy_<site>_prior`` for
+            the critic that teaches this and, with an adaptive contrast, ``accuracy_<site>_model``. The loss is the
+            program's alone.
         options: How it was fitted.
         data: What :func:`pyrogen.data.load` can load again, or None for data of the user's own.
         example: Shape and type of each tensor of a batch of two rows.

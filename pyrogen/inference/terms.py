@@ -32,6 +32,7 @@ __all__ = [
     "compare_sites",
     "frozen",
     "has_no_density",
+    "local_sites",
     "nothing",
     "parameters_of",
     "run_programs",
@@ -249,6 +250,16 @@ def _why_no_ratio(name: str, p: dict[str, Any] | None) -> str:
             "explicit family such as Normal or Flow"
         )
     return without_density(name)
+
+
+def local_sites(traces: Traces) -> list[str]:
+    """The guide's sites, helpers counted, that are drawn for each observation."""
+    modelled = sample_sites(traces.model)
+    return [
+        name
+        for name, node in sample_sites(traces.guide).items()
+        if not node["is_observed"] and data_frame(modelled.get(name, node)) is not None
+    ]
 
 
 def nothing(traces: Traces, names: Iterable[str]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrogen.distributions.semi_implicit import has_stochastic_density
-from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, build_ratio
+from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, build_ratio, of_one
 from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import Draws, by_value
@@ -210,9 +210,9 @@ class TotalCorrelationContrast(Contrast):
         """The log-ratio at the guide's draws in nats, ``(K, B)``, with its gradient along these."""
         return self.ratio.log_ratio(draws.latents(draws.model, draws.local)).view(draws.particles, -1)
 
-    def loss_and_accuracy(self, draws: Draws) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracies(self, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         z = draws.latents(draws.model, draws.local).detach()
-        return self.ratio.loss_and_accuracy(z, permuted(z))
+        return of_one(self.ratio.loss_and_accuracy(z, permuted(z)))
 
 
 def permuted(z: Tensor) -> Tensor:

@@ -121,13 +121,14 @@ def fit(
         validate_every=validate_every,
         patience=patience,
         checkpoint_every=checkpoint_every,
-        critic=critic or CriticOptions(),
+        critic=CriticOptions() if critic is None else critic,
         average=average,
     )
     if not isinstance(objective, Objective):
+        came = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
         raise TypeError(
-            f"expected an objective such as pyrogen.inference.ELBO(), got {type(objective).__name__}; Pyro's own "
-            "losses train with pyro.infer.SVI"
+            f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
+            "pyro.infer.SVI"
         )
     batches, validation = training_and_validation(data, batch_size, seed)
     if patience is not None and validation is None:

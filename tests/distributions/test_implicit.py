@@ -248,8 +248,9 @@ def test_wrong_context_is_refused(context, given, message):
 def test_impossible_options_are_refused():
     with pytest.raises(ValueError, match="expected some noise, or noise=0 with a context"):
         Implicit(2, noise=0)
-    with pytest.raises(ValueError, match="expected some noise"):
-        Implicit(2, 3, noise=-1)
+    for options in ({"noise": -1}, {"noise": 2.5}, {"context": -3}):
+        with pytest.raises(ValueError, match="is a whole number, 0 or more, got"):
+            Implicit(2, **options)
     for options in ({"network": nn.Linear(21, 2)}, {"noise": 0}, {"hidden": ()}):
         with pytest.raises(ValueError, match="inject=True puts noise into"):
             Implicit(2, 3, inject=True, **options)

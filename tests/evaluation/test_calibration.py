@@ -89,7 +89,27 @@ def test_fit_ratio_trains_on_fixed_sets_and_leaves_evaluation_mode():
     assert abs(ratio.divergence(u, v) - 0.5) < 0.25
 
 
+def test_a_ratio_of_ones_own():
+    class Own(torch.nn.Module):
+        def __init__(self, features):
+            super().__init__()
+            self.ratio = small(features)
+
+        def log_ratio(self, z, context=None):
+            return self.ratio.log_ratio(z, context)
+
+        def loss(self, numerator, denominator, context=None):
+            return self.ratio.loss(numerator, denominator, context)
+
+    options = {"features": 2, "steps": 20, "batch_size": 64, "divergences": (0.5,)}
+    assert calibrate_ratio(Own, **options) == calibrate_ratio(small, **options)
+
+
 def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="expected a function from the number of features to a new ratio, got Logistic"):
+        calibrate_ratio(small(2), features=2)
+    with pytest.raises(TypeError, match="expected a ratio, a module with log_ratio"):
+        calibrate_ratio(torch.nn.Identity, features=2)
     with pytest.raises(ValueError, match=r"divergences must be above 0 and rise, in nats, got \(1.0, 1.0\)"):
         calibrate_ratio(small, features=2, divergences=(1.0, 1.0))
     with pytest.raises(ValueError, match="divergences must be above 0"):

@@ -13,6 +13,7 @@ from pyrogen.distributions.implicit import ImplicitDistribution
 from pyrogen.evaluation import (
     HeldOutEstimate,
     RatioCalibration,
+    held_out,
     held_out_marginal_kl_estimate,
     held_out_rate_estimate,
 )
@@ -155,6 +156,42 @@ def test_what_critics_cannot_estimate_is_refused():
 
     with pytest.raises(ValueError, match="point mass"):
         held_out_rate_estimate(model, mass, torch.zeros(3, 2))
+
+
+def test_masked_sites_are_refused():
+    def masked(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(x[:, 0] > 0))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(8, 2)
+    guide = AmortizedGuide(masked, nn.Identity(), lambda f, c: linear(f, c, 0.5), example=x)
+    with pytest.raises(ValueError, match=r"the implicit sites \['z'\] are masked"):
+        held_out_rate_estimate(masked, guide, x)
+    with pytest.raises(ValueError, match="the latent site 'z' is masked"):
+        held_out_marginal_kl_estimate(masked, guide, x)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "sound", "asked"),
+    [
+        (6.4, 50.0, {5.0, 10.0, 50.0}),
+        (1.9, 50.0, {1.0, 2.0, 5.0, 50.0}),
+        (0.3, 50.0, {1.0, 50.0}),
+        (60.0, 50.0, {50.0}),
+        (6.4, 2.0, {2.0, 5.0, 10.0, 50.0}),
+        (6.4, 0.0, {1.0, 2.0, 5.0, 10.0, 50.0}),
+    ],
+)
+def test_critics_are_calibrated_around_an_estimate_and_down_to_what_they_judge(monkeypatch, estimate, sound, asked):
+    def known(critic, *, divergences, **options):
+        estimated = (value if value <= sound else 1.5 * value for value in divergences)
+        return RatioCalibration(tuple(divergences), tuple(estimated))
+
+    monkeypatch.setattr(held_out, "calibrate_ratio", known)
+    found = held_out._calibrated(estimate, 2, 1, 0, 1e-3)
+    assert {*found.known} == asked and [*found.known] == sorted(asked)
+    assert found.trusted == (max(value for value in asked if value <= sound) if sound else 0.0)
 
 
 def test_marginal_divergence_of_an_aggregate_that_is_normal():

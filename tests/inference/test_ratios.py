@@ -397,9 +397,9 @@ def test_generator_losses_by_hand():
     expected = {
         Logistic: math.log1p(math.exp(-0.7)),
         JensenShannon: -0.5 * math.log1p(math.exp(0.7)),
-        NWJ: 0.3,
+        NWJ: -0.7,  # T is 1 and the critic's output
         DonskerVaradhan: -0.7,
-        LeastSquares: 0.5 * 0.3**2,
+        LeastSquares: 0.5 * 0.2**2,  # T is one half and the critic's output
         Wasserstein: -0.7,
         Hinge: -0.7,
     }
@@ -407,11 +407,16 @@ def test_generator_losses_by_hand():
         assert kind(Linear([1.0])).generator_loss(z).item() == pytest.approx(value)
 
 
+@pytest.mark.parametrize("kind", WITH_RATIO)
+def test_a_critic_that_says_nothing_gives_a_ratio_of_one(kind):
+    assert kind(Linear([0.0])).log_ratio(torch.randn(5, 1, dtype=torch.float64)).abs().max() < 1e-12
+
+
 def test_accuracy_by_hand():
     u, v = torch.tensor([[1.0], [3.0], [-1.0], [2.0]]).double(), torch.tensor([[-2.0], [0.5]]).double()
     assert Logistic(Linear([1.0])).accuracy(u, v) == 0.5 * (0.75 + 0.5)
-    assert NWJ(Linear([1.0])).accuracy(u, v) == 0.5 * (0.5 + 1.0)
-    assert LeastSquares(Linear([1.0])).accuracy(u, v) == 0.5 * (0.75 + 1.0)
+    assert NWJ(Linear([1.0])).accuracy(u, v) == 0.5 * (0.75 + 0.5)
+    assert LeastSquares(Linear([1.0])).accuracy(u, v) == 0.5 * (0.75 + 0.5)
     # Half-way between the means 1.25 and −0.75.
     assert Wasserstein(Linear([1.0])).accuracy(u, v) == 0.5 * (0.75 + 0.5)
 
