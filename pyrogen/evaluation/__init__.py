@@ -1,5 +1,12 @@
 """Evaluation: how likely held-out data are, what the latents carry, samples, and posteriors for ArviZ."""
 
+from pyrogen.evaluation.annealing import (
+    AnnealedImportanceSampling,
+    BidirectionalMonteCarlo,
+    annealed_importance_sampling,
+    annealing,
+    bidirectional_monte_carlo,
+)
 from pyrogen.evaluation.calibration import RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.critics import CriticEstimates, critic_estimates
 from pyrogen.evaluation.explicit import explicit_guide
@@ -13,6 +20,8 @@ from pyrogen.evaluation.units import ActiveUnits, active_units
 
 __all__ = [
     "ActiveUnits",
+    "AnnealedImportanceSampling",
+    "BidirectionalMonteCarlo",
     "CriticEstimates",
     "Evaluation",
     "HeldOutEstimate",
@@ -20,6 +29,9 @@ __all__ = [
     "RateDistortion",
     "RatioCalibration",
     "active_units",
+    "annealed_importance_sampling",
+    "annealing",
+    "bidirectional_monte_carlo",
     "calibrate_ratio",
     "critic_estimates",
     "evaluate",

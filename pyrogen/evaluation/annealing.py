@@ -1,0 +1,462 @@
+"""The log-likelihood of observations without a guide: annealed importance sampling, and how far off it is."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.transforms import biject_to
+from torch import Tensor
+
+from pyrogen.evaluation.running import ROWS, Prepared, prepared
+from pyrogen.inference.programs import data_frame, per_row, repeat, sample_sites
+from pyrogen.inference.terms import frozen, parameters_of, unmasked
+
+__all__ = [
+    "AnnealedImportanceSampling",
+    "BidirectionalMonteCarlo",
+    "annealed_importance_sampling",
+    "annealing",
+    "bidirectional_monte_carlo",
+]
+
+STEEPNESS = 4.0
+"""δ of the inverse temperatures: they rise slowly at both ends, where the distributions change fastest."""
+
+ACCEPTANCE = 0.75
+"""What the pilot chains tune the acceptance rate of their moves to."""
+
+WARM_UP = 30
+"""Moves of the pilot chains before the first temperature, by which the step size finds its order of magnitude."""
+
+JITTER = 0.2
+"""Step sizes are spread by so much either way, lest trajectories come back to where they began."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnnealedImportanceSampling:
+    """Estimated log-likelihoods of B observations, and how far they can be trusted.
+
+    Attributes:
+        log_likelihood: In nats, ``(B,)``.
+        standard_error: Of each of these, in nats, ``(B,)``; NaN for one chain.
+        effective_sample_size: How many equally weighted draws the chains are worth, ``(B,)``, between 1 and K.
+        acceptance: The share of moves that were accepted, ``(B,)``.
+        chains, steps: Their number K for each observation, and that of temperatures.
+    """
+
+    log_likelihood: Tensor
+    standard_error: Tensor
+    effective_sample_size: Tensor
+    acceptance: Tensor
+    chains: int
+    steps: int
+
+    def __str__(self) -> str:
+        return (
+            f"log-likelihood {self.log_likelihood.mean():.3f} nats, the mean over {len(self.log_likelihood)} "
+            f"observations; with {self.chains} chains of {self.steps} steps, median standard error "
+            f"{self.standard_error.median():.3f} nats, effective sample size "
+            f"{self.effective_sample_size.median():.1f}, acceptance {self.acceptance.median():.2f}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BidirectionalMonteCarlo:
+    """Bounds from both sides on the log-likelihoods of B simulated observations.
+
+    Attributes:
+        lower, upper: In nats, ``(B,)``; stochastic bounds, below and above in expectation.
+        chains, steps: As for :class:`AnnealedImportanceSampling`.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    chains: int
+    steps: int
+
+    @property
+    def gap(self) -> float:
+        """The mean of upper − lower in nats; that of either bound is at most this, in expectation."""
+        return float((self.upper - self.lower).double().mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the gap, over observations."""
+        return float((self.upper - self.lower).double().std() / math.sqrt(len(self.lower)))
+
+    def __str__(self) -> str:
+        return (
+            f"log-likelihood of {len(self.lower)} simulated observations between {self.lower.mean():.3f} and "
+            f"{self.upper.mean():.3f} nats: a gap of {self.gap:.3f} ± {self.standard_error:.3f}, with {self.chains} "
+            f"chains of {self.steps} steps"
+        )
+
+
+def annealing(
+    model: Callable,
+    x: Tensor | Sequence[Tensor],
+    *,
+    chains: int = 16,
+    steps: int = 1000,
+    leapfrogs: int = 10,
+    seed: int = 0,
+    rows: int = ROWS,
+) -> AnnealedImportanceSampling:
+    r"""Estimate the log-likelihood of each observation by annealed importance sampling; no guide is needed.
+
+    .. math:: \log \hat p(x) = \log \frac{1}{K} \sum_{k=1}^{K} w_k, \quad
+        \log w_k = \sum_{t=1}^{T} (\beta_t - \beta_{t-1}) \log p(x \mid z_{k,t-1}), \quad z_{k,0} \sim p(z)
+
+    where :math:`z_{k,t}` comes from :math:`z_{k,t-1}` by a move that leaves :math:`p(z) \, p(x \mid z)^{\beta_t}` as it
+    is: one trajectory of Hamiltonian Monte Carlo, of all latent sites together on unconstrained scales. Inverse
+    temperatures rise from 0 to 1 along a sigmoid. The mean of the weights is unbiased, so its logarithm is too low on
+    average: the estimate is a stochastic lower bound, and :func:`bidirectional_monte_carlo` says how tight such ones
+    are. Neal 2001, *Annealed importance sampling*, physics/9803008; for decoders, Wu, Burda, Salakhutdinov & Grosse
+    2017, *On the quantitative analysis of decoder-based models*, 1611.04273.
+
+    Each observation has step sizes of its own, one for each temperature. They are tuned by pilot chains of other draws
+    and then held: sizes that followed a chain's own past would make its weights biased. The standard error is the
+    delta method's over the chains, which few of very unequal weights make too small.
+
+    Only the prior and the likelihood are asked for their densities, so models that were trained with an implicit guide
+    are judged as well as others (AVB, AAE).
+
+    Args:
+        model: A program.
+        x: Observations ``(B, *event_shape)``, or a tuple of tensors that the program takes.
+        chains: Number K of chains for each observation.
+        steps: Number T of temperatures, each with one move. More of them make the estimate better.
+        leapfrogs: Steps of each trajectory; what is run is ``chains * steps * leapfrogs`` passes of the model and back
+            for each observation, and a quarter more for the pilot.
+        seed: Of all draws; the caller's random state is left as it was.
+        rows: How many chains are run at once.
+
+    Returns:
+        Log-likelihoods with standard errors, of shape ``(B,)``, in nats.
+
+    Raises:
+        ValueError: If the model has global latent sites, a number is below 1, or program and observations do not fit.
+        NoDensityError: A ``ValueError`` that names the model's implicit sites.
+        ArithmeticError: If a log-likelihood is NaN.
+
+    Example:
+        >>> from pyrogen.data import LinearGaussian
+        >>> toy = LinearGaussian()
+        >>> annealing(toy.model, toy.x[:3], chains=4, steps=20).log_likelihood.shape
+        torch.Size([3])
+    """
+    _check(chains=chains, steps=steps, leapfrogs=leapfrogs)
+    with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
+        _check_model(pair, "annealed importance sampling")
+        log_weights, accepted = [], []
+        for batch in _parts(pair.batch, chains, rows):
+            target = _Target(pair, pair.model, batch, chains)
+            sizes = _tuned(pair, pair.model, batch, chains, steps, leapfrogs)
+            log_w, share = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
+            log_weights.append(log_w.view(chains, -1))
+            accepted.append(share.view(chains, -1).mean(0))
+        log_w = torch.cat(log_weights, 1)
+        log_squares, log_sum = torch.logsumexp(2 * log_w, 0), torch.logsumexp(log_w, 0)
+        size = (2 * log_sum - log_squares).exp()
+        variance = (chains / size - 1).clamp(min=0) / (chains - 1) if chains > 1 else torch.full_like(size, math.nan)
+        like = accepted[0]
+        return AnnealedImportanceSampling(
+            (log_sum - math.log(chains)).to(like.dtype),
+            variance.sqrt().to(like.dtype),
+            size.to(like.dtype),
+            torch.cat(accepted),
+            chains,
+            steps,
+        )
+
+
+def annealed_importance_sampling(
+    model: Callable,
+    x: Tensor | Sequence[Tensor],
+    *,
+    chains: int = 16,
+    steps: int = 1000,
+    leapfrogs: int = 10,
+    seed: int = 0,
+    rows: int = ROWS,
+) -> Tensor:
+    """Estimate the log-likelihood of each observation in nats, ``(B,)``, without a guide.
+
+    :func:`annealing` takes the same arguments, says more, and has the details.
+
+    Example:
+        >>> from pyrogen.data import LinearGaussian
+        >>> toy = LinearGaussian()
+        >>> annealed_importance_sampling(toy.model, toy.x[:3], chains=4, steps=20).shape
+        torch.Size([3])
+    """
+    return annealing(model, x, chains=chains, steps=steps, leapfrogs=leapfrogs, seed=seed, rows=rows).log_likelihood
+
+
+def bidirectional_monte_carlo(
+    model: Callable,
+    x: Tensor | Sequence[Tensor],
+    *,
+    chains: int = 16,
+    steps: int = 1000,
+    leapfrogs: int = 10,
+    seed: int = 0,
+    rows: int = ROWS,
+) -> BidirectionalMonteCarlo:
+    r"""Bound the log-likelihood of simulated observations from both sides, to see how tight :func:`annealing` is.
+
+    Of an observation that the model itself has drawn, with its latent values z*, an exact draw of the posterior is
+    known: z*. Chains that start from it and are cooled from β = 1 to 0 have weights of mean 1 / p(x), so that
+
+    .. math:: \log p(x) \le -\operatorname{E} \log \frac{1}{K} \sum_k \exp \Bigl( \sum_{t=T}^{1} (\beta_{t-1} -
+        \beta_t) \log p(x \mid z_{k,t}) \Bigr), \quad z_{k,T} = z^*
+
+    while :func:`annealing` bounds it from below. The gap between the two bounds the error of both. It is that of data
+    like the model's own, which says most of real ones where the model is good. Grosse, Ghahramani & Adams 2015,
+    *Sandwiching the marginal likelihood using bidirectional Monte Carlo*, 1511.02543.
+
+    Args:
+        model: A program.
+        x: Observations ``(B, *event_shape)``, or a tuple of tensors that the program takes: as many are simulated.
+        chains, steps, leapfrogs, seed, rows: See :func:`annealing`.
+
+    Returns:
+        The bounds in nats, and their ``gap``.
+
+    Raises:
+        ValueError, NoDensityError, ArithmeticError: See :func:`annealing`.
+
+    Example:
+        >>> from pyrogen.data import LinearGaussian
+        >>> toy = LinearGaussian()
+        >>> bidirectional_monte_carlo(toy.model, toy.x[:3], chains=4, steps=20).upper.shape
+        torch.Size([3])
+    """
+    _check(chains=chains, steps=steps, leapfrogs=leapfrogs)
+    with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
+        _check_model(pair, "bidirectional Monte Carlo")
+        lower, upper = [], []
+        for batch in _parts(pair.batch, chains, rows):
+            drawn = sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch))
+            target = _Target(pair, pair.model, batch, chains, drawn)
+            sizes = _tuned(pair, pair.model, batch, chains, steps, leapfrogs, drawn)
+            up, _ = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
+            down, _ = _annealed(target, target.state(target.known()), sizes, leapfrogs, cooling=True)
+            lower.append(torch.logsumexp(up.view(chains, -1), 0) - math.log(chains))
+            upper.append(math.log(chains) - torch.logsumexp(down.view(chains, -1), 0))
+        return BidirectionalMonteCarlo(torch.cat(lower), torch.cat(upper), chains, steps)
+
+
+def _check(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_model(pair: Prepared, what: str) -> None:
+    pair.need_joint_density(what)
+    if not pair.latents:
+        raise ValueError(
+            f"{what} integrates over latent sites, and the model has none: its log-likelihood is exact, "
+            "and log_likelihood(model, None, x) gives it"
+        )
+    if shared := [name for name, site in pair.latents.items() if site.is_global]:
+        raise ValueError(
+            f"the latent sites {shared} are global, and {what} is of one observation given these; hold them, by "
+            "pyro.poutine.block(pyro.condition(model, data=values), hide=[*values]) with values of these sites"
+        )
+
+
+def _parts(batch: tuple[Tensor, ...], chains: int, rows: int) -> Iterator[tuple[Tensor, ...]]:
+    size = max(1, rows // chains)
+    for start in range(0, len(batch[0]), size):
+        yield tuple(x[start : start + size] for x in batch)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Where R chains are, and what the densities and their slopes are there."""
+
+    z: Tensor
+    log_prior: Tensor
+    log_likelihood: Tensor
+    prior_slope: Tensor
+    likelihood_slope: Tensor
+
+    def log_density(self, beta: float) -> Tensor:
+        return self.log_prior + beta * self.log_likelihood
+
+    def slope(self, beta: float) -> Tensor:
+        return self.prior_slope + beta * self.likelihood_slope
+
+    def moved(self, other: "_State", accepted: Tensor) -> "_State":
+        """The other's where that is accepted."""
+        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        return replace(
+            self,
+            **{
+                name: torch.where(accepted.view(-1, *[1] * (old.dim() - 1)), new, old)
+                for name, (old, new) in pairs.items()
+            },
+        )
+
+
+class _Target:
+    """log p(z) and log p(x | z) of K copies of some rows, as functions of unconstrained latents ``(K * B, D)``.
+
+    Args:
+        pair: What is known of the model.
+        model: The program.
+        batch: Rows.
+        chains: The number K.
+        drawn: Sites of a run of the model on its own; then its observed sites are at the values there.
+    """
+
+    def __init__(
+        self,
+        pair: Prepared,
+        model: Callable,
+        batch: tuple[Tensor, ...],
+        chains: int,
+        drawn: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.chains = chains
+        self.latents = pair.latents
+        self.rows = repeat(batch, chains)
+        self.drawn = drawn
+        if drawn is not None:
+            seen = {name: self._copied(node) for name, node in drawn.items() if name not in pair.latents}
+            model = poutine.condition(poutine.uncondition(model), data=seen)
+        self.model = model
+        trace = poutine.trace(model).get_trace(*self.rows)
+        self.parameters = parameters_of(model, trace)
+        self.first = sample_sites(trace)
+        self.shapes = {name: self._rows_first(name, self.first[name]["value"]).shape[1:] for name in self.latents}
+
+    def _copied(self, node: dict[str, Any]) -> Tensor:
+        """A site's value for K copies of the rows."""
+        axis = data_frame(node).dim - node["fn"].event_dim  # type: ignore[union-attr]
+        return torch.cat([node["value"]] * self.chains, axis)
+
+    def _axis(self, name: str) -> int:
+        transform, node = biject_to(self.latents[name].support), self.first[name]
+        return data_frame(node).dim - transform.domain.event_dim  # type: ignore[union-attr]
+
+    def _rows_first(self, name: str, value: Tensor) -> Tensor:
+        return biject_to(self.latents[name].support).inv(value).movedim(self._axis(name), 0)
+
+    def draw(self) -> Tensor:
+        """A draw of the prior for each chain."""
+        return self._flat({name: self.first[name]["value"] for name in self.latents})
+
+    def known(self) -> Tensor:
+        """The latents that the observations were drawn with."""
+        assert self.drawn is not None
+        return self._flat({name: self._copied(self.drawn[name]) for name in self.latents})
+
+    def _flat(self, values: dict[str, Tensor]) -> Tensor:
+        return torch.cat(
+            [self._rows_first(name, value).reshape(len(self.rows[0]), -1) for name, value in values.items()], -1
+        )
+
+    def state(self, z: Tensor) -> _State:
+        """The densities at some values; parameters are constants."""
+        with torch.enable_grad(), frozen(self.parameters):
+            z = z.detach().requires_grad_()
+            log_prior, log_likelihood = self._log_densities(z)
+            slopes = _slope(log_prior, z), _slope(log_likelihood, z)
+        return _State(z.detach(), log_prior.detach(), log_likelihood.detach(), *slopes)
+
+    def _log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        free, values = {}, {}
+        parts = z.split([shape.numel() for shape in self.shapes.values()], -1)
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            free[name] = part.reshape(-1, *shape).movedim(0, self._axis(name))
+            values[name] = biject_to(self.latents[name].support)(free[name])
+        nodes = sample_sites(poutine.trace(poutine.condition(self.model, data=values)).get_trace(*self.rows))
+        log_prior = log_likelihood = z.new_zeros(len(z))
+        for name, node in nodes.items():
+            if name not in self.latents:
+                log_likelihood = log_likelihood + per_row(node, node["fn"].log_prob(node["value"]))
+                continue
+            transform = biject_to(self.latents[name].support)
+            # What is masked out is drawn from its prior all the same: only the likelihood leaves it out.
+            log_p = unmasked(node["fn"])[0].log_prob(values[name])
+            log_p = log_p + transform.log_abs_det_jacobian(free[name], values[name])
+            log_prior = log_prior + per_row(node | {"mask": None}, log_p)
+        return log_prior, log_likelihood
+
+
+def _slope(log_density: Tensor, z: Tensor) -> Tensor:
+    if not log_density.requires_grad:
+        return torch.zeros_like(z)
+    return torch.autograd.grad(log_density.sum(), z, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+
+def _betas(steps: int) -> list[float]:
+    """Inverse temperatures from 0 to 1, T + 1 of them."""
+    points = torch.linspace(-STEEPNESS, STEEPNESS, steps + 1, dtype=torch.float64).sigmoid()
+    return ((points - points[0]) / (points[-1] - points[0])).tolist()
+
+
+def _move(target: _Target, state: _State, beta: float, size: Tensor, leapfrogs: int) -> tuple[_State, Tensor]:
+    """One trajectory of each chain with its own step size ``(R,)``, and the probability that it is accepted."""
+    step = (size * (1 + JITTER * (2 * torch.rand_like(size) - 1))).unsqueeze(-1)
+    start = torch.randn_like(state.z)
+    new, momentum = state, start + 0.5 * step * state.slope(beta)
+    for leapfrog in range(leapfrogs):
+        new = target.state(new.z + step * momentum)
+        momentum = momentum + (0.5 if leapfrog == leapfrogs - 1 else 1.0) * step * new.slope(beta)
+    gain = new.log_density(beta) - state.log_density(beta) + 0.5 * (start.square() - momentum.square()).sum(-1)
+    probability = gain.clamp(max=0.0).exp().nan_to_num(nan=0.0)  # a trajectory that diverged is refused
+    return state.moved(new, torch.rand_like(probability) < probability), probability
+
+
+def _tuned(
+    pair: Prepared,
+    model: Callable,
+    batch: tuple[Tensor, ...],
+    chains: int,
+    steps: int,
+    leapfrogs: int,
+    drawn: dict[str, dict[str, Any]] | None = None,
+) -> Tensor:
+    """Step sizes ``(T, B)`` with which pilot chains, a quarter as many, have moves accepted as often as wanted."""
+    pilots = max(1, chains // 4)
+    target = _Target(pair, model, batch, pilots, drawn)
+    state, betas = target.state(target.draw()), _betas(steps)
+    log_size = state.log_prior.new_full((len(batch[0]),), math.log(0.5))
+    found = []
+    for beta, gain in [*((betas[1], 0.5) for _ in range(WARM_UP)), *((beta, 0.3) for beta in betas[1:])]:
+        state, probability = _move(target, state, beta, log_size.exp().repeat(pilots), leapfrogs)
+        log_size = log_size + gain * (probability.view(pilots, -1).mean(0) - ACCEPTANCE)
+        found.append(log_size.exp())
+    return torch.stack(found[WARM_UP:])
+
+
+def _annealed(
+    target: _Target, state: _State, sizes: Tensor, leapfrogs: int, *, cooling: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-weights ``(R,)`` of chains from prior to posterior, or where they are cooling the other way, and the share of
+    their moves that was accepted."""
+    betas = _betas(len(sizes))
+    log_w = torch.zeros(len(state.z), dtype=torch.float64, device=state.z.device)
+    accepted = torch.zeros_like(state.log_prior)
+    steps = range(1, len(betas))
+    for step in reversed(steps) if cooling else steps:
+        weight = betas[step] - betas[step - 1]
+        if not cooling:
+            log_w += weight * state.log_likelihood.double()
+        state, probability = _move(target, state, betas[step], sizes[step - 1].repeat(target.chains), leapfrogs)
+        accepted += probability
+        if cooling:
+            log_w -= weight * state.log_likelihood.double()
+    if torch.isnan(log_w).any():
+        raise ArithmeticError(
+            "the log-likelihood of a chain is NaN; the parameters of the model are not finite, or a distribution "
+            "overflows at draws from its prior"
+        )
+    return log_w, accepted / len(sizes)
