@@ -13,6 +13,7 @@ from pyrogen.evaluation.explicit import explicit_guide
 from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
 from pyrogen.evaluation.inference_data import to_arviz
 from pyrogen.evaluation.likelihood import ImportanceSampling, importance_sampling, log_likelihood
+from pyrogen.evaluation.marginals import MarginalKL, marginal_kl, mutual_information
 from pyrogen.evaluation.rates import RateDistortion, rate_distortion
 from pyrogen.evaluation.samples import posterior_samples, prior_samples, reconstruct, sample
 from pyrogen.evaluation.summary import Evaluation, evaluate
@@ -26,6 +27,7 @@ __all__ = [
     "Evaluation",
     "HeldOutEstimate",
     "ImportanceSampling",
+    "MarginalKL",
     "RateDistortion",
     "RatioCalibration",
     "active_units",
@@ -41,6 +43,8 @@ __all__ = [
     "held_out_rate_estimate",
     "importance_sampling",
     "log_likelihood",
+    "marginal_kl",
+    "mutual_information",
     "posterior_samples",
     "prior_samples",
     "rate_distortion",

@@ -1,0 +1,143 @@
+"""The two parts of the rate against closed forms, and against the double sum written out."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyrogen.data import LinearGaussian
+from pyrogen.distributions import Delta, Flow, Implicit, Normal, SemiImplicit
+from pyrogen.distributions.implicit import NoDensityError
+from pyrogen.evaluation import marginal_kl, mutual_information
+from pyrogen.inference import AmortizedGuide
+
+SLOPE, SCALE = 0.9, 0.4
+
+
+def model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def line(x, scale=SCALE):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(SLOPE * x, scale).to_event(1))
+
+
+def test_closed_form_of_a_linear_gaussian():
+    """x ~ N(m, 4 I) and z | x ~ N(0.9 x, 0.16 I) make z ~ N(0.9 m, (3.24 + 0.16) I)."""
+    torch.manual_seed(0)
+    mean, count = torch.tensor([1.0, -0.5]), 4000
+    found = marginal_kl(model, line, mean + 2 * torch.randn(count, 2), samples=2000)
+    variance = 4 * SLOPE**2 + SCALE**2
+    divergence = 0.5 * (2 * (variance - 1 - math.log(variance)) + SLOPE**2 * mean.square().sum().item())
+    information = math.log(variance / SCALE**2)
+    assert found.marginal_kl == pytest.approx(divergence, rel=0.05)
+    assert found.mutual_information == pytest.approx(information, rel=0.05)
+    assert found.rate == pytest.approx(divergence + information, rel=0.05)
+    assert abs(found.marginal_kl - divergence) < 5 * found.marginal_kl_error
+    assert found.rate - math.log(count) < found.marginal_kl < found.rate
+
+
+def hierarchy(x):
+    with pyro.plate("data", len(x), dim=-1):
+        s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+        with pyro.plate("repeats", 3, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, s))
+        pyro.sample("x", dist.Normal(s.unsqueeze(-1), 1.0).expand([len(x), 2]).to_event(1), obs=x)
+
+
+@pytest.mark.usefixtures("parameter_store")
+@pytest.mark.parametrize("rows", [4096, 10, 3])
+@pytest.mark.parametrize("family", [Normal, Flow])
+def test_the_double_sum_written_out(family, rows):
+    """Constrained sites, one drawn given another, in a nested plate to the left."""
+    torch.manual_seed(1)
+    x = torch.randn(7, 2, dtype=torch.float64)
+    guide = AmortizedGuide(hierarchy, nn.Linear(2, 4).double(), family, example=x).double()
+    found = marginal_kl(hierarchy, guide, x, samples=7, rows=rows)
+    assert found.rate == pytest.approx(found.mutual_information + found.marginal_kl)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        order = torch.randperm(7)
+        if rows >= 7:
+            trace = pyro.poutine.trace(guide).get_trace(x[order])
+            s, z = (torch.as_tensor(trace.nodes[name]["value"]) for name in ("s", "z"))
+            log_q = torch.empty(7, 7, dtype=torch.float64)
+            for n in range(7):
+                held = pyro.condition(guide, data={"s": s, "z": z})
+                nodes = pyro.poutine.trace(held).get_trace(x[n].expand(7, 2)).nodes
+                log_q[:, n] = nodes["s"]["fn"].log_prob(s) + nodes["z"]["fn"].log_prob(z).sum(0)
+            log_p = dist.Gamma(2.0, 1.0).log_prob(s) + dist.Normal(0.0, s).log_prob(z).sum(0)
+            aggregate = log_q.logsumexp(1) - math.log(7)
+            assert found.marginal_kl == pytest.approx((aggregate - log_p).mean().item(), rel=1e-9)
+            information = (log_q[torch.arange(7), order] - aggregate).mean().item()
+            assert found.mutual_information == pytest.approx(information, rel=1e-9)
+
+
+def test_one_observation_is_not_told_from_others():
+    found = marginal_kl(model, line, torch.ones(1, 2), samples=20)
+    assert found.mutual_information == pytest.approx(0.0, abs=1e-5) and found.marginal_kl == pytest.approx(found.rate)
+    assert math.isnan(marginal_kl(model, line, torch.ones(3, 2), samples=1).marginal_kl_error)
+
+
+def test_far_posteriors_are_told_apart():
+    x = 100.0 * torch.arange(8.0).unsqueeze(-1).expand(-1, 2)
+    assert mutual_information(model, line, x, samples=30) == pytest.approx(math.log(8), abs=1e-4)
+
+
+def test_a_global_site_is_held():
+    def shifted(x):
+        t = pyro.sample("t", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(t, 1.0).expand([len(x), 2]).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        t = pyro.sample("t", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(t, SCALE).expand([len(x), 2]).to_event(1))
+
+    found = marginal_kl(shifted, guide, torch.randn(10, 2), samples=50, rows=20)
+    # z does not depend on x, and is drawn around the t that its prior has.
+    assert found.mutual_information == pytest.approx(0.0, abs=1e-5)
+    assert found.rate == pytest.approx(SCALE**2 - 1 - 2 * math.log(SCALE), abs=1.0)
+
+
+def test_seeds_and_the_random_state():
+    x, state = torch.randn(20, 2), torch.get_rng_state()
+    first = marginal_kl(model, line, x, samples=10, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == marginal_kl(model, line, x, samples=10, seed=2) != marginal_kl(model, line, x, samples=10)
+    assert "mutual information" in str(first) and "20 observations, 10 samples" in str(first)
+
+
+def test_what_has_no_mixture_is_refused():
+    toy, x = LinearGaussian(), LinearGaussian().x[:5]
+    for family, message in (
+        (Implicit, r"the sites \['z'\] are implicit; held_out_marginal_kl_estimate"),
+        (SemiImplicit, "density at site 'z' is an estimate|helper sites"),
+        (Delta, "is a point mass"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            marginal_kl(toy.model, AmortizedGuide(toy.model, nn.Linear(4, 8), family), x)
+    with pytest.raises(NoDensityError):
+        marginal_kl(toy.model, AmortizedGuide(toy.model, nn.Linear(4, 8), Implicit), x)
+    with pytest.raises(ValueError, match="samples must be a whole number of at least 1, got 0"):
+        marginal_kl(model, line, torch.zeros(3, 2), samples=0)
+
+    def wrong(x):
+        """Its density is that of a wider distribution than its draws'."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", TooWide(SLOPE * x, SCALE).to_event(1))
+
+    class TooWide(dist.Normal):
+        def rsample(self, sample_shape=()):
+            return self.loc + 100 * self.scale * torch.randn(self._extended_shape(sample_shape))
+
+    with pytest.raises(ArithmeticError, match="the guide's densities are not those of its draws"):
+        marginal_kl(model, wrong, torch.zeros(50, 2) + 0.01 * torch.arange(50.0).unsqueeze(-1), samples=200)
