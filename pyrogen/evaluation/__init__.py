@@ -12,7 +12,12 @@ from pyrogen.evaluation.critics import CriticEstimates, critic_estimates
 from pyrogen.evaluation.explicit import explicit_guide
 from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
 from pyrogen.evaluation.inference_data import to_arviz
-from pyrogen.evaluation.likelihood import ImportanceSampling, importance_sampling, log_likelihood
+from pyrogen.evaluation.likelihood import (
+    ImportanceSampling,
+    bits_per_dimension,
+    importance_sampling,
+    log_likelihood,
+)
 from pyrogen.evaluation.marginals import MarginalKL, marginal_kl, mutual_information
 from pyrogen.evaluation.rates import RateDistortion, rate_distortion
 from pyrogen.evaluation.samples import posterior_samples, prior_samples, reconstruct, sample
@@ -34,6 +39,7 @@ __all__ = [
     "annealed_importance_sampling",
     "annealing",
     "bidirectional_monte_carlo",
+    "bits_per_dimension",
     "calibrate_ratio",
     "critic_estimates",
     "evaluate",

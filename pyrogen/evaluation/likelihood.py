@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, prepared
 from pyrogen.inference.terms import Terms
+from pyrogen.networks.mlp import as_shape
 
-__all__ = ["ImportanceSampling", "importance_sampling", "log_likelihood"]
+__all__ = ["ImportanceSampling", "bits_per_dimension", "importance_sampling", "log_likelihood"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +78,9 @@ def importance_sampling(
 
     Raises:
         ValueError: If the guide has a point mass at a per-observation site, or programs and observations do not fit.
-        NoDensityError: A ``ValueError`` that names the implicit sites: with one in the guide, use a method that needs
-            no guide density, such as annealed importance sampling, or an :func:`explicit_guide` fitted afterwards; with
-            one in the model there is no log p(x, z).
+        NoDensityError: A ``ValueError`` that names the implicit sites: with one in the guide, use
+            :func:`~pyrogen.evaluation.annealed_importance_sampling`, or an :func:`explicit_guide` fitted afterwards;
+            with one in the model there is no log p(x, z).
         ArithmeticError: If a weight is NaN; it names the site where that began.
 
     Example:
@@ -121,6 +122,35 @@ def log_likelihood(
         torch.Size([5])
     """
     return importance_sampling(model, guide, x, particles=particles, seed=seed, rows=rows).log_likelihood
+
+
+def bits_per_dimension(
+    log_likelihood: Tensor, event_shape: int | Sequence[int], *, levels: int | None = None
+) -> Tensor:
+    r"""Log-likelihoods in nats as bits for each of an observation's D values; less is better.
+
+    .. math:: -\frac{\log p(x)}{D \log 2} \; (+ \log_2 L)
+
+    Args:
+        log_likelihood: In nats, of any shape.
+        event_shape: The shape of an observation, or its length D.
+        levels: Where log p is a density of values in [0, 1] that stand for one of L levels, such as dequantised pixels,
+            the number L; each level is 1 / L wide. Not for likelihoods of the levels themselves, whose log p is that of
+            a probability (:class:`~pyrogen.distributions.QuantizedNormal`).
+
+    Raises:
+        ValueError: If there are no values, or fewer than 2 levels.
+
+    Example:
+        >>> bits_per_dimension(torch.tensor(-784 * math.log(2)), (1, 28, 28))
+        tensor(1.)
+        >>> bits_per_dimension(torch.tensor(0.0), (3, 32, 32), levels=256)
+        tensor(8.)
+    """
+    size = math.prod(as_shape(event_shape))
+    if levels is not None and levels < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    return -log_likelihood / (size * math.log(2)) + (0.0 if levels is None else math.log2(levels))
 
 
 def _accumulate(pair: Prepared, particles: int, rows: int) -> ImportanceSampling:

@@ -139,9 +139,10 @@ class Prepared:
         if self.implicit_guide:
             raise NoDensityError(
                 f"{what} needs the guide's density, but its distribution at the latent sites "
-                f"{[*self.implicit_guide]} is implicit: it can only be sampled. Use a method that needs no guide "
-                "density (annealed importance sampling), or an explicit guide fitted afterwards to the frozen model: "
-                "explicit_guide(model, guide, x) gives one, and evaluate(run, x) does so by itself"
+                f"{[*self.implicit_guide]} is implicit: it can only be sampled. For a log-likelihood use "
+                "annealed_importance_sampling(model, x), which needs no guide density; or an explicit guide fitted "
+                "afterwards to the frozen model: explicit_guide(model, guide, x) gives one, and evaluate(run, x) does "
+                "so by itself"
             )
         if self.local_point_masses:
             raise ValueError(

@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 
 from pyrogen.distributions import Bernoulli, Delta, StandardNormal
-from pyrogen.evaluation import importance_sampling, log_likelihood, rate_distortion
+from pyrogen.evaluation import bits_per_dimension, importance_sampling, log_likelihood, rate_distortion
 from pyrogen.inference import AmortizedGuide
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP
@@ -229,3 +229,18 @@ def test_delta_family_is_recognised():
     model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, 6)))
     with pytest.raises(ValueError, match="point mass"):
         log_likelihood(model, AmortizedGuide(model, MLP(6, 8), family=Delta), torch.zeros(4, 6))
+
+
+def test_bits_of_a_density_and_of_the_levels_themselves_agree():
+    """Where levels are much closer than the scale of the normal that both are of."""
+    x = torch.randint(0, 256, (4, 3, 2, 2)) / 255
+    loc = torch.full_like(x, 0.5)
+    density = dist.Normal(loc, 0.3).to_event(3).log_prob(x)
+    mass = (dist.Normal(loc, 0.3).cdf(x + 0.5 / 255) - dist.Normal(loc, 0.3).cdf(x - 0.5 / 255)).log().sum((1, 2, 3))
+    bits = bits_per_dimension(density, (3, 2, 2), levels=255)  # 255 spaces between 256 levels
+    torch.testing.assert_close(bits, bits_per_dimension(mass, 12), rtol=1e-4, atol=1e-4)
+    assert bits_per_dimension(torch.tensor(-12 * math.log(2)), (3, 2, 2)) == 1.0
+    with pytest.raises(ValueError, match="levels must be at least 2, got 1"):
+        bits_per_dimension(density, 12, levels=1)
+    with pytest.raises(ValueError, match="a size must be positive"):
+        bits_per_dimension(density, 0)
