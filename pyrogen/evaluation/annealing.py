@@ -1,10 +1,11 @@
 """The log-likelihood of observations without a guide: annealed importance sampling, and how far off it is."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.transforms import biject_to
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.programs import data_frame, per_row, repeat, sample_sites
-from pyrogen.inference.terms import frozen, parameters_of, unmasked
+from pyrogen.inference.terms import frozen, parameters_of
 
 __all__ = [
     "AnnealedImportanceSampling",
@@ -41,8 +42,8 @@ class AnnealedImportanceSampling:
 
     Attributes:
         log_likelihood: In nats, ``(B,)``.
-        standard_error: Of each of these, in nats, ``(B,)``; NaN for one chain.
-        effective_sample_size: How many equally weighted draws the chains are worth, ``(B,)``, between 1 and K.
+        standard_error: Of each of these, in nats, ``(B,)``; NaN for one chain, or where all found a likelihood of 0.
+        effective_sample_size: How many equally weighted draws the chains are worth, ``(B,)``, between 1 and K, or NaN.
         acceptance: The share of moves that were accepted, ``(B,)``.
         chains, steps: Their number K for each observation, and that of temperatures.
     """
@@ -102,6 +103,7 @@ def annealing(
     chains: int = 16,
     steps: int = 1000,
     leapfrogs: int = 10,
+    held: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     rows: int = ROWS,
 ) -> AnnealedImportanceSampling:
@@ -131,14 +133,16 @@ def annealing(
         steps: Number T of temperatures, each with one move. More of them make the estimate better.
         leapfrogs: Steps of each trajectory; what is run is ``chains * steps * leapfrogs`` passes of the model and back
             for each observation, and a quarter more for the pilot.
+        held: Values of global latent sites, by name: the log-likelihood is given these.
         seed: Of all draws; the caller's random state is left as it was.
-        rows: How many chains are run at once.
+        rows: How many chains are run at once, though never fewer than those of one observation.
 
     Returns:
         Log-likelihoods with standard errors, of shape ``(B,)``, in nats.
 
     Raises:
-        ValueError: If the model has global latent sites, a number is below 1, or program and observations do not fit.
+        ValueError: If the model has global latent sites that are not held, a number is below 1, or program and
+            observations do not fit.
         NoDensityError: A ``ValueError`` that names the model's implicit sites.
         ArithmeticError: If a log-likelihood is NaN.
 
@@ -150,7 +154,7 @@ def annealing(
     """
     _check(chains=chains, steps=steps, leapfrogs=leapfrogs)
     with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
-        _check_model(pair, "annealed importance sampling")
+        pair = _given(pair, held, "annealed importance sampling")
         log_weights, accepted = [], []
         for batch in _parts(pair.batch, chains, rows):
             target = _Target(pair, pair.model, batch, chains)
@@ -180,6 +184,7 @@ def annealed_importance_sampling(
     chains: int = 16,
     steps: int = 1000,
     leapfrogs: int = 10,
+    held: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     rows: int = ROWS,
 ) -> Tensor:
@@ -193,7 +198,9 @@ def annealed_importance_sampling(
         >>> annealed_importance_sampling(toy.model, toy.x[:3], chains=4, steps=20).shape
         torch.Size([3])
     """
-    return annealing(model, x, chains=chains, steps=steps, leapfrogs=leapfrogs, seed=seed, rows=rows).log_likelihood
+    return annealing(
+        model, x, chains=chains, steps=steps, leapfrogs=leapfrogs, held=held, seed=seed, rows=rows
+    ).log_likelihood
 
 
 def bidirectional_monte_carlo(
@@ -203,6 +210,7 @@ def bidirectional_monte_carlo(
     chains: int = 16,
     steps: int = 1000,
     leapfrogs: int = 10,
+    held: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     rows: int = ROWS,
 ) -> BidirectionalMonteCarlo:
@@ -212,16 +220,17 @@ def bidirectional_monte_carlo(
     known: z*. Chains that start from it and are cooled from β = 1 to 0 have weights of mean 1 / p(x), so that
 
     .. math:: \log p(x) \le -\operatorname{E} \log \frac{1}{K} \sum_k \exp \Bigl( \sum_{t=T}^{1} (\beta_{t-1} -
-        \beta_t) \log p(x \mid z_{k,t}) \Bigr), \quad z_{k,T} = z^*
+        \beta_t) \log p(x \mid z_{k,t}) \Bigr), \quad z_{k,T+1} = z^*,
 
-    while :func:`annealing` bounds it from below. The gap between the two bounds the error of both. It is that of data
-    like the model's own, which says most of real ones where the model is good. Grosse, Ghahramani & Adams 2015,
-    *Sandwiching the marginal likelihood using bidirectional Monte Carlo*, 1511.02543.
+    each :math:`z_{k,t}` from :math:`z_{k,t+1}` by a move at :math:`\beta_t`, while :func:`annealing` bounds it from
+    below. The gap between the two bounds the error of both. It is that of data like the model's own, which says most of
+    real ones where the model is good. Grosse, Ghahramani & Adams 2015, *Sandwiching the marginal likelihood using
+    bidirectional Monte Carlo*, 1511.02543.
 
     Args:
         model: A program.
         x: Observations ``(B, *event_shape)``, or a tuple of tensors that the program takes: as many are simulated.
-        chains, steps, leapfrogs, seed, rows: See :func:`annealing`.
+        chains, steps, leapfrogs, held, seed, rows: See :func:`annealing`.
 
     Returns:
         The bounds in nats, and their ``gap``.
@@ -237,7 +246,7 @@ def bidirectional_monte_carlo(
     """
     _check(chains=chains, steps=steps, leapfrogs=leapfrogs)
     with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
-        _check_model(pair, "bidirectional Monte Carlo")
+        pair = _given(pair, held, "bidirectional Monte Carlo")
         lower, upper = [], []
         for batch in _parts(pair.batch, chains, rows):
             drawn = sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch))
@@ -256,18 +265,25 @@ def _check(**numbers: int) -> None:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _check_model(pair: Prepared, what: str) -> None:
+def _given(pair: Prepared, held: Mapping[str, Tensor] | None, what: str) -> Prepared:
+    """The model at the values of its global sites, if it can be annealed."""
     pair.need_joint_density(what)
     if not pair.latents:
         raise ValueError(
-            f"{what} integrates over latent sites, and the model has none: its log-likelihood is exact, "
-            "and log_likelihood(model, None, x) gives it"
+            f"{what} integrates over latent sites, and the model has none: its log-likelihood is exact, and "
+            "log_likelihood(model, None, x) gives it"
         )
-    if shared := [name for name, site in pair.latents.items() if site.is_global]:
+    shared = [name for name, site in pair.latents.items() if site.is_global]
+    if {*shared} != {*(held or {})}:
         raise ValueError(
-            f"the latent sites {shared} are global, and {what} is of one observation given these; hold them, by "
-            "pyro.poutine.block(pyro.condition(model, data=values), hide=[*values]) with values of these sites"
+            f"{what} is of one observation given the model's global latent sites: expected held to have values of "
+            f"{shared or 'none'}, got {[*(held or {})] or 'none'}"
         )
+    if not held:
+        return pair
+    values = {name: torch.as_tensor(value).to(pair.nodes[name]["value"]) for name, value in held.items()}
+    model = poutine.block(poutine.condition(pair.model, data=values), hide=[*values])
+    return replace(pair, model=model, latents={name: s for name, s in pair.latents.items() if name not in values})
 
 
 def _parts(batch: tuple[Tensor, ...], chains: int, rows: int) -> Iterator[tuple[Tensor, ...]]:
@@ -328,7 +344,8 @@ class _Target:
         self.rows = repeat(batch, chains)
         self.drawn = drawn
         if drawn is not None:
-            seen = {name: self._copied(node) for name, node in drawn.items() if name not in pair.latents}
+            free = {*pair.latents, *(name for name, node in drawn.items() if node["infer"].get("_deterministic"))}
+            seen = {name: self._copied(node) for name, node in drawn.items() if name not in free}
             model = poutine.condition(poutine.uncondition(model), data=seen)
         self.model = model
         trace = poutine.trace(model).get_trace(*self.rows)
@@ -384,10 +401,18 @@ class _Target:
                 continue
             transform = biject_to(self.latents[name].support)
             # What is masked out is drawn from its prior all the same: only the likelihood leaves it out.
-            log_p = unmasked(node["fn"])[0].log_prob(values[name])
+            log_p = _without_mask(node["fn"]).log_prob(values[name])
             log_p = log_p + transform.log_abs_det_jacobian(free[name], values[name])
             log_prior = log_prior + per_row(node | {"mask": None}, log_p)
         return log_prior, log_likelihood
+
+
+def _without_mask(fn: Any) -> Any:
+    if isinstance(fn, dist.MaskedDistribution):
+        return _without_mask(fn.base_dist)
+    return (
+        _without_mask(fn.base_dist).to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, dist.Independent) else fn
+    )
 
 
 def _slope(log_density: Tensor, z: Tensor) -> Tensor:
@@ -432,7 +457,8 @@ def _tuned(
     found = []
     for beta, gain in [*((betas[1], 0.5) for _ in range(WARM_UP)), *((beta, 0.3) for beta in betas[1:])]:
         state, probability = _move(target, state, beta, log_size.exp().repeat(pilots), leapfrogs)
-        log_size = log_size + gain * (probability.view(pilots, -1).mean(0) - ACCEPTANCE)
+        known = state.log_likelihood.isfinite().view(pilots, -1).any(0)  # else nothing is accepted, whatever the size
+        log_size = log_size + known * gain * (probability.view(pilots, -1).mean(0) - ACCEPTANCE)
         found.append(log_size.exp())
     return torch.stack(found[WARM_UP:])
 

@@ -186,7 +186,7 @@ class Draws:
     def _visible(self, nodes: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> Tensor:
         by_row = [_rows_first(nodes[name], value).to(self.like.dtype) for name, value in values.items()]
         if len(by_row) > 1:
-            return torch.cat([value.flatten(1) for value in by_row], -1)
+            return torch.cat([value.reshape(len(value), -1) for value in by_row], -1)
         return by_row[0].unsqueeze(-1) if by_row[0].dim() == 1 else by_row[0]
 
 

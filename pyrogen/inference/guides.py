@@ -27,6 +27,7 @@ from pyrogen.inference.programs import (
     is_real,
     latent_sites,
     make_example,
+    module_name,
     observed_sites,
     prototype,
     sample_sites,
@@ -122,9 +123,11 @@ class AmortizedGuide(PyroModule):
             context = width
             first = site.name == next(iter(self.sites))
             if others or not first:
-                self.contexts[_key(site)] = _Context(width, tuple(others), residual=not first)
+                self.contexts[module_name(site.name)] = _Context(width, tuple(others), residual=not first)
         family = self._family_of(site)
-        self.conditionals[_key(site)] = family if isinstance(family, nn.Module) else family(_features(site), context)
+        self.conditionals[module_name(site.name)] = (
+            family if isinstance(family, nn.Module) else family(_features(site), context)
+        )
 
     def _bind(self, priors: list[Vamp], trace: poutine.Trace) -> None:
         first = next(iter(self.sites.values()))
@@ -134,7 +137,7 @@ class AmortizedGuide(PyroModule):
                     f"site '{name}' has a Vamp prior, which needs a posterior that depends on the data alone; it must "
                     "be the first latent site of the model and in no nested plate"
                 )
-        if priors and isinstance(self.conditionals[_key(first)], Delta):
+        if priors and isinstance(self.conditionals[module_name(first.name)], Delta):
             raise ValueError(
                 "a Vamp prior is a mixture of the guide's posteriors, and a mixture of point masses has no density; "
                 "use a family other than Delta"
@@ -148,7 +151,7 @@ class AmortizedGuide(PyroModule):
 
     def _distribution(self, site: Site, parts: Tensor) -> Any:
         """q of one site from the features and the sites drawn so far, ``(B, C)``."""
-        conditional = self.conditionals[_key(site)]
+        conditional = self.conditionals[module_name(site.name)]
         if site.is_global:
             sizes = [plate.size for plate in site.plates]
             # One row of the identity for each element of the plates: free parameters for each.
@@ -156,7 +159,7 @@ class AmortizedGuide(PyroModule):
             if context is not None:
                 context = context.reshape(*sizes, -1)
         else:
-            key = _key(site)
+            key = module_name(site.name)
             context = self.contexts[key](parts) if key in self.contexts else parts
         q = conditional(_place(site, context)) if context is not None else conditional()
         return _supported(site, q)
@@ -248,12 +251,6 @@ def _stand_in(normal: StandardNormal, inputs: Tensor) -> dist.Distribution:
 
 def _modules(model: Callable) -> list[nn.Module]:
     return list(model.modules()) if isinstance(model, nn.Module) else []
-
-
-def _key(site: Site) -> str:
-    """The site's name as a module's name, which can't hold a dot nor be that of a method."""
-    name = site.name.replace("%", "%25").replace(".", "%2E")
-    return f"site {name}" if hasattr(nn.ModuleDict, name) else name
 
 
 def _unconstrained_shape(site: Site) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
@@ -33,7 +33,7 @@ from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.draws import Draws
 from pyrogen.inference.matching import check_weights
 from pyrogen.inference.objectives import Estimate
-from pyrogen.inference.programs import repeat
+from pyrogen.inference.programs import module_name, repeat
 from pyrogen.inference.ratios import Logistic, Ratio
 from pyrogen.inference.terms import Terms, compare_sites, has_no_density, local_sites, nothing
 from pyrogen.networks.critics import Critic
@@ -230,9 +230,8 @@ class Hybrid(CriticObjective):
 
 
 def _key(site: str) -> str:
-    """What the critics of a site are filed under: its name, unless that is taken or no name for a module."""
-    taken = site in ("latent", "visible") or hasattr(nn.ModuleDict(), site)
-    return f"site {site.replace('.', '-')}" if taken or "." in site else site
+    """What the critics of a site are filed under, beside those of all sites together."""
+    return f"site {site}" if site in ("latent", "visible") else module_name(site)
 
 
 class AVB(Hybrid):

@@ -9,6 +9,7 @@ objectives want batches of a hundred rows and more.
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
@@ -210,7 +211,7 @@ class InfoVAE(Matching):
 def check_weights(**weights: float) -> None:
     """Raise a ``ValueError`` for a weight that is negative or not finite, by its name."""
     for name, value in weights.items():
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value < 0:
             raise ValueError(f"{name} cannot be negative, got {value}")

@@ -41,6 +41,7 @@ __all__ = [
     "is_real",
     "latent_sites",
     "make_example",
+    "module_name",
     "modules_of",
     "no_sites",
     "observed_sites",
@@ -143,6 +144,12 @@ def observed_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
 
 def _is_observed(node: dict[str, Any]) -> bool:
     return node["is_observed"] or bool(node["infer"].get("was_observed"))
+
+
+def module_name(site: str) -> str:
+    """A site's name as a module's name, which can't hold a dot nor be that of an attribute."""
+    name = site.replace("%", "%25").replace(".", "%2E")
+    return f"site {name}" if hasattr(nn.ModuleDict(), name) else name
 
 
 def data_frame(node: dict[str, Any]) -> CondIndepStackFrame | None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class CriticOptions:
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+        if rate is not None and not (isinstance(rate, Real) and 0 < rate < math.inf):
             raise ValueError(f"the critics' learning_rate must be a positive number, got {self.learning_rate!r}")
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")

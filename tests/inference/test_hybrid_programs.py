@@ -168,6 +168,20 @@ def test_whole_numbers_one_for_each_row_under_svi(objective):
     assert math.isfinite(svi.step(x))
 
 
+def test_several_observed_numbers_are_seen_side_by_side():
+    def pair(a, b):
+        with pyro.plate("data", len(a)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("a", dist.Normal(z, 1.0), obs=a)
+            pyro.sample("b", dist.Normal(-z, 1.0), obs=b)
+
+    a, b = torch.randn(2, 6)
+    objective = GAN(critic=SMALL)
+    objective.prepare(pair, None, a, b)
+    assert torch.equal(Draws(pair, None, (a, b)).data(), torch.stack([a, b], -1))
+    assert objective(pair, None)(a, b).isfinite()
+
+
 def test_critics_that_are_kept_follow_the_programs():
     objective, x = AVB(4, critic=SMALL), torch.rand(12, 4).round()
     for dtype in (torch.float32, torch.float64):
