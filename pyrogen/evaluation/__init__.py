@@ -10,6 +10,7 @@ from pyrogen.evaluation.annealing import (
 from pyrogen.evaluation.calibration import RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.critics import CriticEstimates, critic_estimates
 from pyrogen.evaluation.explicit import explicit_guide
+from pyrogen.evaluation.gaps import InferenceGap, inference_gap
 from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
 from pyrogen.evaluation.inference_data import to_arviz
 from pyrogen.evaluation.likelihood import (
@@ -32,6 +33,7 @@ __all__ = [
     "Evaluation",
     "HeldOutEstimate",
     "ImportanceSampling",
+    "InferenceGap",
     "MarginalKL",
     "RateDistortion",
     "RatioCalibration",
@@ -48,6 +50,7 @@ __all__ = [
     "held_out_marginal_kl_estimate",
     "held_out_rate_estimate",
     "importance_sampling",
+    "inference_gap",
     "log_likelihood",
     "marginal_kl",
     "mutual_information",
