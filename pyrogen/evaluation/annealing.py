@@ -1,7 +1,7 @@
 """The log-likelihood of observations without a guide: annealed importance sampling, and how far off it is."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from pyro import poutine
 from pyro.distributions.transforms import biject_to
 from torch import Tensor
 
-from pyrogen.evaluation.running import ROWS, Prepared, prepared
-from pyrogen.inference.programs import data_frame, per_row, repeat, sample_sites
+from pyrogen.evaluation.likelihood import error_and_size
+from pyrogen.evaluation.running import ROWS, Prepared, check_counts, parts, prepared
+from pyrogen.inference.programs import data_frame, per_row, repeat, row_axis, sample_sites
 from pyrogen.inference.terms import frozen, parameters_of
 
 __all__ = [
@@ -152,29 +153,23 @@ def annealing(
         >>> annealing(toy.model, toy.x[:3], chains=4, steps=20).log_likelihood.shape
         torch.Size([3])
     """
-    _check(chains=chains, steps=steps, leapfrogs=leapfrogs)
+    check_counts(chains=chains, steps=steps, leapfrogs=leapfrogs)
     with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
         pair = _given(pair, held, "annealed importance sampling")
         log_weights, accepted = [], []
-        for batch in _parts(pair.batch, chains, rows):
-            target = _Target(pair, pair.model, batch, chains)
-            sizes = _tuned(pair, pair.model, batch, chains, steps, leapfrogs)
+        for few in parts(len(pair.batch[0]), chains, rows):
+            batch = tuple(tensor[few] for tensor in pair.batch)
+            target = _Target(pair, batch, chains)
+            sizes = _tuned(pair, batch, chains, steps, leapfrogs)
             log_w, share = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
             log_weights.append(log_w.view(chains, -1))
             accepted.append(share.view(chains, -1).mean(0))
         log_w = torch.cat(log_weights, 1)
-        log_squares, log_sum = torch.logsumexp(2 * log_w, 0), torch.logsumexp(log_w, 0)
-        size = (2 * log_sum - log_squares).exp()
-        variance = (chains / size - 1).clamp(min=0) / (chains - 1) if chains > 1 else torch.full_like(size, math.nan)
-        like = accepted[0]
-        return AnnealedImportanceSampling(
-            (log_sum - math.log(chains)).to(like.dtype),
-            variance.sqrt().to(like.dtype),
-            size.to(like.dtype),
-            torch.cat(accepted),
-            chains,
-            steps,
-        )
+        log_mean, log_mean_square = (torch.logsumexp(power * log_w, 0) - math.log(chains) for power in (1, 2))
+        acceptance = torch.cat(accepted)
+        figures = (log_mean, *error_and_size(log_mean, log_mean_square, chains))
+        value, error, size = (each.to(acceptance) for each in figures)
+        return AnnealedImportanceSampling(value, error, size, acceptance, chains, steps)
 
 
 def annealed_importance_sampling(
@@ -244,25 +239,20 @@ def bidirectional_monte_carlo(
         >>> bidirectional_monte_carlo(toy.model, toy.x[:3], chains=4, steps=20).upper.shape
         torch.Size([3])
     """
-    _check(chains=chains, steps=steps, leapfrogs=leapfrogs)
+    check_counts(chains=chains, steps=steps, leapfrogs=leapfrogs)
     with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
         pair = _given(pair, held, "bidirectional Monte Carlo")
         lower, upper = [], []
-        for batch in _parts(pair.batch, chains, rows):
+        for few in parts(len(pair.batch[0]), chains, rows):
+            batch = tuple(tensor[few] for tensor in pair.batch)
             drawn = sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch))
-            target = _Target(pair, pair.model, batch, chains, drawn)
-            sizes = _tuned(pair, pair.model, batch, chains, steps, leapfrogs, drawn)
+            target = _Target(pair, batch, chains, drawn)
+            sizes = _tuned(pair, batch, chains, steps, leapfrogs, drawn)
             up, _ = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
             down, _ = _annealed(target, target.state(target.known()), sizes, leapfrogs, cooling=True)
             lower.append(torch.logsumexp(up.view(chains, -1), 0) - math.log(chains))
             upper.append(math.log(chains) - torch.logsumexp(down.view(chains, -1), 0))
         return BidirectionalMonteCarlo(torch.cat(lower), torch.cat(upper), chains, steps)
-
-
-def _check(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _given(pair: Prepared, held: Mapping[str, Tensor] | None, what: str) -> Prepared:
@@ -286,12 +276,6 @@ def _given(pair: Prepared, held: Mapping[str, Tensor] | None, what: str) -> Prep
     return replace(pair, model=model, latents={name: s for name, s in pair.latents.items() if name not in values})
 
 
-def _parts(batch: tuple[Tensor, ...], chains: int, rows: int) -> Iterator[tuple[Tensor, ...]]:
-    size = max(1, rows // chains)
-    for start in range(0, len(batch[0]), size):
-        yield tuple(x[start : start + size] for x in batch)
-
-
 @dataclass(frozen=True, eq=False)
 class _State:
     """Where R chains are, and what the densities and their slopes are there."""
@@ -310,22 +294,18 @@ class _State:
 
     def moved(self, other: "_State", accepted: Tensor) -> "_State":
         """The other's where that is accepted."""
-        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
-        return replace(
-            self,
-            **{
-                name: torch.where(accepted.view(-1, *[1] * (old.dim() - 1)), new, old)
-                for name, (old, new) in pairs.items()
-            },
-        )
+
+        def chosen(old: Tensor, new: Tensor) -> Tensor:
+            return torch.where(accepted.view(-1, *[1] * (old.dim() - 1)), new, old)
+
+        return _State(*map(chosen, vars(self).values(), vars(other).values()))
 
 
 class _Target:
     """log p(z) and log p(x | z) of K copies of some rows, as functions of unconstrained latents ``(K * B, D)``.
 
     Args:
-        pair: What is known of the model.
-        model: The program.
+        pair: The model, and what is known of it.
         batch: Rows.
         chains: The number K.
         drawn: Sites of a run of the model on its own; then its observed sites are at the values there.
@@ -334,7 +314,6 @@ class _Target:
     def __init__(
         self,
         pair: Prepared,
-        model: Callable,
         batch: tuple[Tensor, ...],
         chains: int,
         drawn: dict[str, dict[str, Any]] | None = None,
@@ -343,6 +322,7 @@ class _Target:
         self.latents = pair.latents
         self.rows = repeat(batch, chains)
         self.drawn = drawn
+        model = pair.model
         if drawn is not None:
             free = {*pair.latents, *(name for name, node in drawn.items() if node["infer"].get("_deterministic"))}
             seen = {name: self._copied(node) for name, node in drawn.items() if name not in free}
@@ -355,8 +335,7 @@ class _Target:
 
     def _copied(self, node: dict[str, Any]) -> Tensor:
         """A site's value for K copies of the rows."""
-        axis = data_frame(node).dim - node["fn"].event_dim  # type: ignore[union-attr]
-        return torch.cat([node["value"]] * self.chains, axis)
+        return torch.cat([node["value"]] * self.chains, row_axis(node))
 
     def _axis(self, name: str) -> int:
         transform, node = biject_to(self.latents[name].support), self.first[name]
@@ -442,7 +421,6 @@ def _move(target: _Target, state: _State, beta: float, size: Tensor, leapfrogs: 
 
 def _tuned(
     pair: Prepared,
-    model: Callable,
     batch: tuple[Tensor, ...],
     chains: int,
     steps: int,
@@ -451,7 +429,7 @@ def _tuned(
 ) -> Tensor:
     """Step sizes ``(T, B)`` with which pilot chains, a quarter as many, have moves accepted as often as wanted."""
     pilots = max(1, chains // 4)
-    target = _Target(pair, model, batch, pilots, drawn)
+    target = _Target(pair, batch, pilots, drawn)
     state, betas = target.state(target.draw()), _betas(steps)
     log_size = state.log_prior.new_full((len(batch[0]),), math.log(0.5))
     found = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.evaluation.running import check_counts
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.ratios import OwnRatio, Ratio
 
@@ -252,9 +253,7 @@ def _check(
 ) -> None:
     if isinstance(ratio, torch.nn.Module) or not callable(ratio):
         raise TypeError(f"expected a function from the number of features to a new ratio, got {ratio!r}")
-    for name, value in {"features": features, "samples": samples, "steps": steps, "batch_size": batch_size}.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    check_counts(features=features, samples=samples, steps=steps, batch_size=batch_size)
     pairs = itertools.pairwise(divergences)
     if not divergences or divergences[0] <= 0 or any(after <= before for before, after in pairs):
         raise ValueError(f"divergences must be above 0 and rise, in nats, got {tuple(divergences)}")

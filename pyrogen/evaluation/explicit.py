@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrogen.distributions import MultivariateNormal, Normal, Vamp
-from pyrogen.evaluation.running import ROWS, Prepared, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, check_counts, prepared
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.programs import evaluation_mode, global_draws, modules_of, unregistered
 from pyrogen.inference.terms import compare_sites, nothing, trace_programs
@@ -102,15 +102,13 @@ def explicit_guide(
         >>> explicit(toy.x[:5])["z"].shape
         torch.Size([5, 2])
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    check_counts(steps=steps)
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
         pair.need_joint_density("an explicit guide")
-        if all(site.is_global for site in pair.latents.values()):
+        if not pair.local:
             raise ValueError("the model has no per-observation latent site, so there is nothing to guide explicitly")
         made = _built(pair, model, guide)
-        local = {name for name, site in pair.latents.items() if not site.is_global}
-        fitted = made if len(local) == len(pair.latents) else _AtGlobals(made, pair.guide)
+        fitted = made if len(pair.local) == len(pair.latents) else _AtGlobals(made, pair.guide)
         with evaluation_mode(model, guide), torch.enable_grad():
             _fit(pair, fitted, steps, max(1, min(BATCH, rows // PARTICLES)))
         return fitted.eval()

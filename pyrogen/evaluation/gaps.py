@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, prepared
+from pyrogen.evaluation.likelihood import checked_weights
+from pyrogen.evaluation.running import ROWS, Prepared, check_counts, pair_passes, parts, prepared
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.terms import run_programs
@@ -90,6 +91,7 @@ def inference_gap(
         NoDensityError: A ``ValueError``: for implicit sites.
         TypeError: For a guide without an encoder of its own.
         ValueError: For a point mass, a number below 1, or programs and observations that do not fit.
+        ArithmeticError: If a weight is NaN; it names the site where that began.
 
     Example:
         >>> from pyrogen.data import LinearGaussian
@@ -101,9 +103,7 @@ def inference_gap(
     """
     if not isinstance(guide, AmortizedGuide):
         raise TypeError(f"expected an AmortizedGuide, whose encoder can be set aside, got a {type(guide).__name__}")
-    for name, value in (("steps", steps), ("gradient_particles", gradient_particles)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    check_counts(steps=steps, gradient_particles=gradient_particles)
     with prepared(model, guide, x, seed=seed, particles=particles, rows=rows) as pair:
         pair.need_density("an inference gap")
         if pair.has_global:
@@ -111,15 +111,14 @@ def inference_gap(
                 "an inference gap is of one observation given the model's global latent sites, which it has; make them "
                 "parameters of the model"
             )
-        parts = []
-        size = max(1, rows // gradient_particles)
-        for start in range(0, len(pair.batch[0]), size):
-            part = replace(pair, batch=tuple(tensor[start : start + size] for tensor in pair.batch))
+        found = []
+        for few in parts(len(pair.batch[0]), gradient_particles, rows):
+            part = replace(pair, batch=tuple(tensor[few] for tensor in pair.batch))
             best = replace(part, guide=_optimised(part, guide, steps, learning_rate, gradient_particles))
             log_likelihood, optimised = _figures(best, particles, rows, seed)
             _, amortised = _figures(part, particles, rows, seed)
-            parts.append((log_likelihood, optimised, amortised))
-        return InferenceGap(*(torch.cat(each) for each in zip(*parts, strict=True)))
+            found.append((log_likelihood, optimised, amortised))
+        return InferenceGap(*(torch.cat(each) for each in zip(*found, strict=True)))
 
 
 class _Free(nn.Module):
@@ -161,10 +160,8 @@ def _figures(pair: Prepared, particles: int, rows: int, seed: int) -> tuple[Tens
     log_sum, total = torch.full((count,), -math.inf, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     with seeded(seed, pair.batch[0].device):
         for _, _, terms in pair_passes(pair, particles, rows, copies=max(1, rows // count)):
-            log_w = terms.log_weights.double().cpu()
+            log_w = checked_weights(terms).double().cpu()
             log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
             total += log_w.sum(0)
-    if torch.isnan(total).any():
-        raise ArithmeticError("an importance weight is NaN; the parameters of model or guide are not finite")
     like = pair.batch[0] if pair.batch[0].is_floating_point() else torch.zeros(())
     return (log_sum - math.log(particles)).to(like), (total / particles).to(like)

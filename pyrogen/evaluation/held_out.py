@@ -204,9 +204,8 @@ def held_out_marginal_kl_estimate(
         5
     """
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
-        for name, site in pair.latents.items():
-            if not site.is_global:
-                check_unmasked(name, pair.nodes[name])
+        for name in pair.local:
+            check_unmasked(name, pair.nodes[name])
         count = len(pair.batch[0])
         if count < 3:
             raise ValueError(f"parts to fit to, to stop by and to evaluate need at least 3 observations, got {count}")

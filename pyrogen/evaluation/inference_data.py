@@ -298,7 +298,7 @@ class _Posterior:
         if not self.weighted:
             return found
         log_w = self.weights.all
-        if any(not site.is_global for site in pair.latents.values()):
+        if pair.local:
             found["log_weight"] = (("chain", "draw", "observation"), by_chain(log_w))
             if len(log_w) >= _FEWEST_FOR_PARETO:
                 k = pareto_k(log_w.T.double().numpy(), major=_arviz_major())

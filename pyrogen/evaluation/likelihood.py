@@ -11,7 +11,14 @@ from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, prepared
 from pyrogen.inference.terms import Terms
 from pyrogen.networks.mlp import as_shape
 
-__all__ = ["ImportanceSampling", "bits_per_dimension", "importance_sampling", "log_likelihood"]
+__all__ = [
+    "ImportanceSampling",
+    "bits_per_dimension",
+    "checked_weights",
+    "error_and_size",
+    "importance_sampling",
+    "log_likelihood",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +166,7 @@ def _accumulate(pair: Prepared, particles: int, rows: int) -> ImportanceSampling
     log_squares, units, like = log_sum.clone(), 0, pair.batch[0]
     for part, copies, terms in pair_passes(pair, particles, rows, copies=pair.copies_of(particles)):
         like = terms.log_weights
-        log_w = _checked(terms).double().cpu()
+        log_w = checked_weights(terms).double().cpu()
         log_mass = torch.logsumexp(log_w, 0)
         if pair.has_global:
             # Particles that share θ are not independent; their mean is the unit whose spread is measured.
@@ -171,15 +178,20 @@ def _accumulate(pair: Prepared, particles: int, rows: int) -> ImportanceSampling
         log_squares[part] = torch.logaddexp(log_squares[part], squares)
         units += fresh if part.start == 0 else 0
     log_mean = log_sum - math.log(particles)
-    spread = (log_squares - math.log(particles) - 2 * log_mean).exp()
-    variance = (spread - 1).clamp(min=0) / (units - 1) if units > 1 else torch.full_like(spread, math.nan)
-    values, errors, sizes = (
-        value.to(like.dtype).to(like.device) for value in (log_mean, variance.sqrt(), units / spread)
-    )
+    error, size = error_and_size(log_mean, log_squares - math.log(particles), units)
+    values, errors, sizes = (value.to(like.dtype).to(like.device) for value in (log_mean, error, size))
     return ImportanceSampling(values, errors, sizes, particles)
 
 
-def _checked(terms: Terms) -> Tensor:
+def error_and_size(log_mean: Tensor, log_mean_square: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Of the logarithm of a mean of weights the delta method's standard error, and the effective sample size."""
+    spread = (log_mean_square - 2 * log_mean).exp()
+    variance = (spread - 1).clamp(min=0) / (units - 1) if units > 1 else torch.full_like(spread, math.nan)
+    return variance.sqrt(), units / spread
+
+
+def checked_weights(terms: Terms) -> Tensor:
+    """The log-weights, ``(K, B)``; an ``ArithmeticError`` that says where it began, if one is NaN."""
     if torch.isnan(terms.log_weights).any():
         raise ArithmeticError(
             f"an importance weight is NaN; it began at {terms.origin_of_nan()}. The parameters of model or guide are "

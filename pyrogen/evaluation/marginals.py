@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.distributions.semi_implicit import has_stochastic_density
-from pyrogen.evaluation.running import ROWS, Prepared, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, check_counts, parts, prepared
 from pyrogen.inference.draws import draw_only
 from pyrogen.inference.matching import check_unmasked
-from pyrogen.inference.programs import Copies, data_frame, global_draws, per_row, repeat, sample_sites
+from pyrogen.inference.programs import Copies, global_draws, per_row, repeat, row_axis, sample_sites
 
 __all__ = ["MarginalKL", "marginal_kl", "mutual_information"]
 
@@ -96,8 +96,7 @@ def marginal_kl(
         >>> abs(found.rate - found.mutual_information - found.marginal_kl) < 1e-4
         True
     """
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+    check_counts(samples=samples)
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
         _check(pair)
         count = len(pair.batch[0])
@@ -151,8 +150,7 @@ def mutual_information(
 
 
 def _check(pair: Prepared) -> None:
-    local = [name for name, site in pair.latents.items() if not site.is_global]
-    if not local:
+    if not pair.local:
         raise ValueError('the model has no latent site in the plate "data", so there is no aggregate posterior')
     if implicit := [*dict.fromkeys([*pair.implicit_guide, *pair.implicit_prior])]:
         raise NoDensityError(
@@ -169,7 +167,7 @@ def _check(pair: Prepared) -> None:
             f"the guide's helper sites {helpers} make the density of its latent sites an integral that is not known; "
             "held_out_marginal_kl_estimate estimates the divergence by a critic"
         )
-    for name in local:
+    for name in pair.local:
         check_unmasked(name, pair.nodes[name])
 
 
@@ -183,7 +181,7 @@ class _Draws:
 
 
 def _drawn(pair: Prepared, guide: Callable, chosen: Tensor, rows: int) -> _Draws:
-    local = [name for name, site in pair.latents.items() if not site.is_global]
+    local = pair.local
     own, prior, values = [], [], dict[str, list[Tensor]]({name: [] for name in local})
     for part in chosen.split(rows):
         batch = tuple(x[part.to(x.device)] for x in pair.batch)
@@ -196,13 +194,12 @@ def _drawn(pair: Prepared, guide: Callable, chosen: Tensor, rows: int) -> _Draws
                     f"the guide's density at site '{name}' is an estimate (SemiImplicit), and so would be the "
                     "mixture's; held_out_marginal_kl_estimate estimates the divergence by a critic"
                 )
-            values[name].append(drawn[name]["value"].movedim(_axis(drawn[name]), 0))
-        own.append(_log_density(drawn, {name: drawn[name]["value"] for name in local}))
-        prior.append(_log_density(modelled, {name: drawn[name]["value"] for name in local}))
+            values[name].append(drawn[name]["value"].movedim(row_axis(drawn[name]), 0))
+        here = {name: drawn[name]["value"] for name in local}
+        own.append(_log_density(drawn, here))
+        prior.append(_log_density(modelled, here))
         rolled = draw_only(poutine.replay(pair.model, trace=trace), local, tuple(x.roll(1, 0) for x in batch))
-        if not torch.allclose(
-            _log_density(rolled, {name: drawn[name]["value"] for name in local}), prior[-1], 1e-3, 1e-3
-        ):
+        if not torch.allclose(_log_density(rolled, here), prior[-1], 1e-3, 1e-3):
             raise ValueError(
                 "the prior of the latent sites is not the same for all observations, so there is no marginal prior for "
                 "q(z) to match; held_out_rate_estimate and rate_distortion compare q(z|x) with each one's own"
@@ -214,16 +211,12 @@ def _aggregate(pair: Prepared, guide: Callable, draws: _Draws, rows: int) -> Ten
     """log q(z) at each draw, ``(M,)``. Draws are copies of the rows, so that an encoder sees a row once for all."""
     samples, count = len(draws.own), len(pair.batch[0])
     total = torch.full((samples,), -math.inf, dtype=torch.float64)
-    copies = min(samples, rows)
-    axes = {name: _axis(node) for name, node in pair.nodes.items() if name in draws.values}
-    for start in range(0, samples, copies):
-        part = slice(start, min(start + copies, samples))
+    for part in parts(samples, 1, rows):
         size = part.stop - part.start
-        step = max(1, rows // size)
-        for first in range(0, count, step):
-            batch = tuple(x[first : first + step] for x in pair.batch)
+        for few in parts(count, size, rows):
+            batch = tuple(x[few] for x in pair.batch)
             held = {
-                name: value[part].repeat_interleave(len(batch[0]), 0).movedim(0, axes[name])
+                name: value[part].repeat_interleave(len(batch[0]), 0).movedim(0, row_axis(pair.nodes[name]))
                 for name, value in draws.values.items()
             }
             with Copies(size):
@@ -237,11 +230,6 @@ def _log_density(nodes: dict[str, dict[str, Any]], values: dict[str, Tensor]) ->
     """Of all sites together at these values, for each row, on the CPU."""
     of_sites = [per_row(nodes[name], nodes[name]["fn"].log_prob(value)) for name, value in values.items()]
     return torch.stack(of_sites).sum(0).double().cpu()
-
-
-def _axis(node: dict[str, Any]) -> int:
-    """Where the rows of a site's value are."""
-    return data_frame(node).dim - node["fn"].event_dim  # type: ignore[union-attr]
 
 
 def _error(values: Tensor) -> float:

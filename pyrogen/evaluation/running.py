@@ -28,11 +28,12 @@ from pyrogen.inference.programs import (
     no_sites,
     prototype,
     repeat,
+    row_axis,
     sample_sites,
 )
 from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
 
-__all__ = ["ROWS", "Prepared", "by_row", "means", "pair_passes", "passes", "prepared"]
+__all__ = ["ROWS", "Prepared", "by_row", "check_counts", "means", "pair_passes", "parts", "passes", "prepared"]
 
 ROWS = 4096
 """How many rows, copies counted, go through a program at once."""
@@ -74,6 +75,11 @@ class Prepared:
     def observed(self) -> list[str]:
         """The names of the observed sites."""
         return [name for name in self.nodes if name not in self.latents]
+
+    @property
+    def local(self) -> list[str]:
+        """The names of the per-observation latent sites."""
+        return [name for name, site in self.latents.items() if not site.is_global]
 
     @property
     def local_point_masses(self) -> list[str]:
@@ -202,6 +208,13 @@ def prepared(
         yield _prepare(model, guide, batch, first)
 
 
+def check_counts(**numbers: int | None) -> None:
+    """Raise a ``ValueError`` for a number that is no whole one of at least 1, by its name."""
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def _check_guideless(model: Callable, first: tuple[Tensor, ...]) -> None:
     if latents := latent_sites(prototype(model, *first)):
         raise ValueError(
@@ -289,7 +302,7 @@ def pair_passes(
     """
     for group in _groups(particles, rows, copies):
         held: poutine.Trace | None = None
-        for part in _parts(len(pair.batch[0]), group, rows):
+        for part in parts(len(pair.batch[0]), group, rows):
             guide = pair.guide if held is None else poutine.replay(pair.guide, trace=held)
             batch = tuple(tensor[part] for tensor in pair.batch)
             traces = trace_programs(pair.model, guide, batch, group)
@@ -308,7 +321,7 @@ def passes(
     """
     for group in _groups(particles, rows, copies):
         held: poutine.Trace | None = None
-        for part in _parts(len(batch[0]), group, rows):
+        for part in parts(len(batch[0]), group, rows):
             replayed = program if held is None else poutine.replay(program, trace=held)
             with Copies(group):
                 copied = repeat(tuple(tensor[part] for tensor in batch), group)
@@ -323,7 +336,8 @@ def _groups(particles: int, rows: int, copies: int | None) -> Iterator[int]:
         yield min(size, particles - start)
 
 
-def _parts(total: int, copies: int, rows: int) -> Iterator[slice]:
+def parts(total: int, copies: int, rows: int) -> Iterator[slice]:
+    """All of so many rows, as many at once as their copies allow."""
     size = max(1, rows // copies)
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
@@ -331,11 +345,7 @@ def _parts(total: int, copies: int, rows: int) -> Iterator[slice]:
 
 def by_row(node: dict[str, Any], value: Tensor, copies: int) -> Tensor:
     """A value of a site by copy and row: ``(K, B, *nested plates, *event)``, or ``(*plates, *event)`` if global."""
-    data = data_frame(node)
-    if data is None:
-        return value
-    axis = data.dim - node["fn"].event_dim
-    return value.movedim(axis, 0).unflatten(0, (copies, -1))
+    return value if data_frame(node) is None else value.movedim(row_axis(node), 0).unflatten(0, (copies, -1))
 
 
 def means(node: dict[str, Any]) -> Tensor | None:

@@ -109,7 +109,7 @@ def active_units(
 
 
 def _variances(pair: Prepared, particles: int, rows: int) -> dict[str, Tensor]:
-    names = [name for name, site in pair.latents.items() if not site.is_global]
+    names = pair.local
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     like = pair.batch[0]

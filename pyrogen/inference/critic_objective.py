@@ -81,7 +81,8 @@ class CriticObjective(Objective):
                     f"this {type(self).__name__} has critics that were built for programs with other sites: "
                     f"{_sizes(self.critics)}, where {_sizes(contrasts)} are needed now; use a new one"
                 )
-            self.critics.to(draws.like)
+            else:
+                self.critics.to(draws.like)
             self.of_program(draws)  # so that what this can't serve is found before training
         self._prepared_for = programs
 

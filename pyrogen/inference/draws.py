@@ -20,6 +20,7 @@ from pyrogen.inference.programs import (
     latent_sites,
     observed_sites,
     repeat,
+    row_axis,
     sample_sites,
 )
 from pyrogen.inference.terms import Traces, trace_programs
@@ -89,7 +90,7 @@ class Draws:
     @cached_property
     def prior_trace(self) -> poutine.Trace:
         """The model run on its own with nothing observed, at the guide's global sites without their gradients."""
-        shared = _constants(global_draws(self.traces.model)) if self.with_guide else poutine.Trace()
+        shared = _constants(self._globals)
         with torch.set_grad_enabled(self.gradients):
             return poutine.trace(poutine.uncondition(self._on(shared))).get_trace(*self.rows)
 
@@ -97,9 +98,13 @@ class Draws:
     def prior_latents(self) -> dict[str, dict[str, Any]]:
         """The per-observation latent sites of another such run, with the gradients of global sites, and without what
         the model does after them."""
-        shared = global_draws(self.traces.model) if self.with_guide else poutine.Trace()
         with torch.set_grad_enabled(self.gradients):
-            return draw_only(poutine.uncondition(self._on(shared)), self.local, self.rows)
+            return draw_only(poutine.uncondition(self._on(self._globals)), self.local, self.rows)
+
+    @property
+    def _globals(self) -> poutine.Trace:
+        """The guide's draws of global sites."""
+        return global_draws(self.traces.model) if self.with_guide else poutine.Trace()
 
     def _on(self, held: poutine.Trace) -> Callable:
         """The model at the values of some sites."""
@@ -184,7 +189,7 @@ class Draws:
         return self.visible(self.prior)
 
     def _visible(self, nodes: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> Tensor:
-        by_row = [_rows_first(nodes[name], value).to(self.like.dtype) for name, value in values.items()]
+        by_row = [value.movedim(row_axis(nodes[name]), 0).to(self.like.dtype) for name, value in values.items()]
         if len(by_row) > 1:
             return torch.cat([value.reshape(len(value), -1) for value in by_row], -1)
         return by_row[0].unsqueeze(-1) if by_row[0].dim() == 1 else by_row[0]
@@ -198,13 +203,6 @@ def _constants(trace: poutine.Trace, names: Iterable[str] | None = None) -> pout
             value = node["value"].detach() if names is None or name in names else node["value"]
             held.add_node(name, **node | {"value": value})
     return held
-
-
-def _rows_first(node: dict[str, Any], value: Tensor) -> Tensor:
-    """A value of a site in the plate ``"data"``, with that plate in front of all others."""
-    frame = data_frame(node)
-    assert frame is not None and frame.dim is not None
-    return value.movedim(frame.dim - node["fn"].event_dim, 0)
 
 
 def is_masked(node: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
-from pyrogen.inference.programs import data_frame, per_row, rehearsal, unregistered
+from pyrogen.inference.programs import data_frame, per_row, rehearsal, row_axis, unregistered
 from pyrogen.inference.terms import Terms, run_programs
 
 __all__ = ["ELBO", "IWAE", "Estimate", "Objective", "ObjectiveModule", "Renyi"]
@@ -355,11 +355,11 @@ class _WeightedDraws:
         self.passed: list[tuple[Tensor, int]] = []
 
     def __call__(self, node: dict[str, Any]) -> Tensor:
-        value, data = node["value"], data_frame(node)
-        if data is None or not value.requires_grad:
+        value = node["value"]
+        if data_frame(node) is None or not value.requires_grad:
             return value
         passed = value.view_as(value)
-        self.passed.append((passed, data.dim - node["fn"].event_dim))
+        self.passed.append((passed, row_axis(node)))
         return passed
 
     def weigh(self, weights: Tensor) -> None:

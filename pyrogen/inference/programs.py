@@ -157,6 +157,13 @@ def data_frame(node: dict[str, Any]) -> CondIndepStackFrame | None:
     return next((frame for frame in node["cond_indep_stack"] if frame.name == "data"), None)
 
 
+def row_axis(node: dict[str, Any]) -> int:
+    """Which axis of a value of a site in the plate ``"data"`` is that plate's, from the right."""
+    frame = data_frame(node)
+    assert frame is not None and frame.dim is not None
+    return frame.dim - node["fn"].event_dim
+
+
 def global_draws(trace: poutine.Trace) -> poutine.Trace:
     """The global latent sites of a trace, for programs that shall be run at the same values."""
     held = poutine.Trace()

@@ -94,7 +94,8 @@ class Ratio(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """T for samples ``(..., *E)`` and a context ``(..., C)``: ``(...)``, at least float32."""
-        return self._checked(self.critic(z, context), z, context) + self.border
+        t = self._checked(self.critic(z, context), z, context)
+        return t + self.border if self.border else t
 
     def _checked(self, scores: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         if not self._fits(scores, z, context):

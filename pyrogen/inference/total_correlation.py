@@ -20,7 +20,7 @@ from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import Draws, by_value
 from pyrogen.inference.matching import Matching, Parts, check_unmasked, check_weights
 from pyrogen.inference.objectives import Estimate
-from pyrogen.inference.programs import data_frame, per_row, sample_sites
+from pyrogen.inference.programs import data_frame, per_row, row_axis, sample_sites
 from pyrogen.inference.ratios import Logistic
 from pyrogen.inference.terms import Terms, Traces, compare_sites
 from pyrogen.networks.critics import Critic
@@ -246,9 +246,7 @@ def _check_independent(name: str, node: dict[str, Any], program: str) -> None:
 
 def _under_each_other(node: dict[str, Any]) -> Tensor:
     """log q(z_{i,d} | x_j) of all rows i and j and every value d of the site, ``(rows, rows, D)``."""
-    value, frame = node["value"], data_frame(node)
-    assert frame is not None and frame.dim is not None
-    axis = frame.dim - node["fn"].event_dim
+    value, axis = node["value"], row_axis(node)
     value = value.to(
         torch.promote_types(value.dtype, torch.float32)
     )  # half precision has no room for sums of densities
