@@ -24,11 +24,13 @@ from pyrogen.inference.ratios import (
     Ratio,
     Wasserstein,
 )
+from pyrogen.inference.refit import refit_prior
 from pyrogen.inference.run import CriticOptions, FitOptions, OutputExistsError, Run, load, save
 from pyrogen.inference.schedules import CyclicalSchedule, LinearSchedule
 from pyrogen.inference.telescoping import Telescoping
 from pyrogen.inference.total_correlation import BetaTCVAE, FactorVAE
 from pyrogen.inference.training import fit
+from pyrogen.inference.with_prior import TwoStageGuide, WithPrior
 
 __all__ = [
     "AAE",
@@ -68,10 +70,13 @@ __all__ = [
     "Renyi",
     "Run",
     "Telescoping",
+    "TwoStageGuide",
     "VGHPlusPlus",
     "Wasserstein",
+    "WithPrior",
     "fit",
     "load",
     "maximum_mean_discrepancy",
+    "refit_prior",
     "save",
 ]
