@@ -204,30 +204,38 @@ def held_out_marginal_kl_estimate(
         5
     """
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
-        for name in pair.local:
-            check_unmasked(name, pair.nodes[name])
-        count = len(pair.batch[0])
-        if count < 3:
-            raise ValueError(f"parts to fit to, to stop by and to evaluate need at least 3 observations, got {count}")
-        order = torch.randperm(count)
-        quarter = max(1, count // 4)
-        first, second, third = order[2 * quarter :], order[quarter : 2 * quarter], order[:quarter]
-        fitted = _latents(pair, first, POOL, rows)
+        first, second, third = three_parts(pair)
+        fitted = latent_draws(pair, first, POOL, rows)
         ratio = fit_ratio(
-            _critic(fitted[0].shape[-1]).to(fitted[0].device),
+            default_critic(fitted[0].shape[-1]).to(fitted[0].device),
             *fitted,
             steps=steps,
             batch_size=BATCH,
             learning_rate=MARGINAL_LEARNING_RATE,
-            judged_by=_latents(pair, second, HELD_OUT, rows),
+            judged_by=latent_draws(pair, second, HELD_OUT, rows),
         )
-        held, _ = _latents(pair, third, POOL, rows)
+        held, _ = latent_draws(pair, third, POOL, rows)
         learned = float(ratio.log_ratio(held).double().mean())
-        calibration = _calibrated(learned, held.shape[-1], steps, seed, MARGINAL_LEARNING_RATE)
+        calibration = calibrated_around(learned, held.shape[-1], steps, seed, MARGINAL_LEARNING_RATE)
         return HeldOutEstimate(0.0, {"latents": learned}, {"latents": calibration}, len(third))
 
 
-def _latents(pair: Prepared, chosen: Tensor, total: int, rows: int) -> tuple[Tensor, Tensor]:
+def three_parts(pair: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    """Observations at random to fit a critic to, half of them, to stop it by, and to ask it about.
+
+    Raises:
+        ValueError: For fewer than three, or if a latent site is masked.
+    """
+    for name in pair.local:
+        check_unmasked(name, pair.nodes[name])
+    count = len(pair.batch[0])
+    if count < 3:
+        raise ValueError(f"parts to fit to, to stop by and to evaluate need at least 3 observations, got {count}")
+    order, quarter = torch.randperm(count), max(1, count // 4)
+    return order[2 * quarter :], order[quarter : 2 * quarter], order[:quarter]
+
+
+def latent_draws(pair: Prepared, chosen: Tensor, total: int, rows: int) -> tuple[Tensor, Tensor]:
     """Draws ``(N, n)`` of all per-observation latents from the guide and from the model, of at least ``total``."""
     particles = math.ceil(total / len(chosen))
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -298,10 +306,10 @@ class _Contrast:
         """What critics add, a mean over observations, and their calibration."""
         count = min(CRITICS, len(self.pair.batch[0]))
         u, v = self._samples(POOL + HELD_OUT, count, rows)
-        ratio = Logistic(_OfEach(count, u.shape[-1])).to(u.device)
+        ratio = Logistic(CriticOfEach(count, u.shape[-1])).to(u.device)
         fit_ratio(ratio, u[:POOL], v[:POOL], steps=steps, batch_size=BATCH, learning_rate=LEARNING_RATE)
         learned = float(ratio.log_ratio(u[POOL:]).double().mean())
-        return learned, _calibrated(learned, u.shape[-1], steps, seed, LEARNING_RATE)
+        return learned, calibrated_around(learned, u.shape[-1], steps, seed, LEARNING_RATE)
 
     def _samples(self, particles: int, count: int, rows: int) -> tuple[Tensor, Tensor]:
         """Both sides for the first observations, standardised, ``(K, R, n)``."""
@@ -390,16 +398,16 @@ def _log_prior(draws: Draws, name: str) -> Tensor:
     return per_row(node, log_p).view(draws.particles, -1)
 
 
-def _critic(width: int) -> Ratio:
+def default_critic(width: int) -> Ratio:
     return Logistic(Critic(width, hidden=(64, 64)))
 
 
-class _OfEach(nn.Module):
-    """A critic of :func:`_critic` for each of R observations, all at once: samples ``(K, R, n)`` give ``(K, R)``."""
+class CriticOfEach(nn.Module):
+    """A :func:`default_critic` for each of R observations, all at once: samples ``(K, R, n)`` give ``(K, R)``."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
-        stacked, _ = torch.func.stack_module_state([_critic(width).critic for _ in range(count)])
+        stacked, _ = torch.func.stack_module_state([default_critic(width).critic for _ in range(count)])
         weights = [tensor for tensor in stacked.values() if tensor.dim() == 3]
         self.weights = nn.ParameterList(weight.detach().transpose(1, 2).contiguous() for weight in weights)
         self.biases = nn.ParameterList(b.detach().unsqueeze(1) for b in stacked.values() if b.dim() == 2)
@@ -411,13 +419,13 @@ class _OfEach(nn.Module):
         return h.squeeze(-1).transpose(0, 1)
 
 
-def _calibrated(estimate: float, width: int, steps: int, seed: int, learning_rate: float) -> RatioCalibration:
+def calibrated_around(estimate: float, width: int, steps: int, seed: int, learning_rate: float) -> RatioCalibration:
     """The critic on Gaussians of divergences around an estimate, and of one so large that it may seem smaller; where it
     misjudges the nearest below, also on smaller ones, until one is found that it does not."""
 
     def calibrated(divergences: Iterable[float]) -> RatioCalibration:
         return calibrate_ratio(
-            _critic,
+            default_critic,
             features=width,
             samples=POOL,
             steps=steps,

@@ -3,18 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyrogen.distributions.implicit import NoDensityError
-from pyrogen.distributions.semi_implicit import has_stochastic_density
-from pyrogen.evaluation.running import ROWS, Prepared, check_counts, parts, prepared
-from pyrogen.inference.draws import draw_only
-from pyrogen.inference.matching import check_unmasked
-from pyrogen.inference.programs import Copies, global_draws, per_row, repeat, row_axis, sample_sites
+from pyrogen.evaluation.aggregate import aggregated, check_not_negative, standard_error
+from pyrogen.evaluation.running import ROWS, check_counts
 
 __all__ = ["MarginalKL", "marginal_kl", "mutual_information"]
 
@@ -68,7 +61,8 @@ def marginal_kl(
     of all per-observation latent sites together. Each sample is a draw of q(z|x) for an observation chosen at random,
     and q(z) at it is the exact sum over all N. It is the aggregate of *these* observations: with few of them in many
     dimensions each draw is known by its own posterior, the mutual information is close to its largest value log N, and
-    the divergence too large. Hoffman & Johnson 2016, *ELBO surgery*.
+    the divergence too large. Hoffman & Johnson 2016, *ELBO surgery*. Where no site of the guide depends on another, the
+    guide sees each observation once, and what takes time are the M N densities alone.
 
     With global sites, one draw of these from the guide is held throughout.
 
@@ -84,10 +78,12 @@ def marginal_kl(
             is an estimate.
         ValueError: If the guide has a point mass or a helper site, a site is masked, the prior is not the same for all
             observations, or programs and observations do not fit.
-        ArithmeticError: If one of both is below 0 by more than five standard errors: then densities are not those of
-            the draws.
+        ArithmeticError: If, by more than five standard errors, one of both is below 0 or the mutual information above
+            log N; so that of what is returned :math:`0 \le I \le \log N` and rate − log N ≤ KL(q(z) ‖ p(z)) ≤ rate
+            hold up to chance. Otherwise densities are not those of the draws.
 
     Example:
+        >>> import torch
         >>> from pyrogen.data import LinearGaussian
         >>> from pyrogen.inference import AmortizedGuide
         >>> toy = LinearGaussian()
@@ -97,33 +93,24 @@ def marginal_kl(
         True
     """
     check_counts(samples=samples)
-    with prepared(model, guide, x, seed=seed, rows=rows) as pair:
-        _check(pair)
-        count = len(pair.batch[0])
-        chosen = torch.cat([torch.randperm(count) for _ in range(math.ceil(samples / count))])[:samples]
-        guide = pair.guide
-        if pair.has_global:
-            first = poutine.trace(guide).get_trace(*(x[:1] for x in pair.batch))
-            guide = poutine.replay(guide, trace=global_draws(first))
-        draws = _drawn(pair, guide, chosen, rows)
-        aggregate = _aggregate(pair, guide, draws, rows)
-        information, divergence = draws.own - aggregate, aggregate - draws.prior
+    with aggregated(model, guide, x, seed=seed, rows=rows) as aggregate:
+        for need in (aggregate.need_posterior_density, aggregate.need_prior_density):
+            need("a mixture of posteriors", "held_out_marginal_kl_estimate estimates the divergence by a critic")
+        chosen = aggregate.choose(samples)
+        aggregate.check_common_prior(chosen)
+        z = aggregate.posterior(chosen)
+        own, of_all, prior = aggregate.own_log_prob(z, chosen), aggregate.log_prob(z), aggregate.prior_log_prob(z)
+        information, divergence = own - of_all, of_all - prior
         found = MarginalKL(
-            float((draws.own - draws.prior).mean()),
+            float((own - prior).mean()),
             float(information.mean()),
             float(divergence.mean()),
-            _error(information),
-            _error(divergence),
-            count,
+            float(standard_error(information)),
+            float(standard_error(divergence)),
+            aggregate.observations,
             samples,
         )
-    for name in ("mutual_information", "marginal_kl"):
-        value, error = getattr(found, name), getattr(found, f"{name}_error")
-        if value < -1e-3 - 5 * error:  # never, of one sample
-            raise ArithmeticError(
-                f"the {name} came out as {value:.3f} nats, and no divergence is negative: the densities of the guide "
-                "or of the prior are not those of their draws"
-            )
+    _check_bounds(found)
     return found
 
 
@@ -139,6 +126,7 @@ def mutual_information(
     """How many nats a latent says of its observation, among these; :func:`marginal_kl` has the details.
 
     Example:
+        >>> import torch
         >>> from pyrogen.data import LinearGaussian
         >>> from pyrogen.inference import AmortizedGuide
         >>> toy = LinearGaussian()
@@ -149,88 +137,18 @@ def mutual_information(
     return marginal_kl(model, guide, x, samples=samples, seed=seed, rows=rows).mutual_information
 
 
-def _check(pair: Prepared) -> None:
-    if not pair.local:
-        raise ValueError('the model has no latent site in the plate "data", so there is no aggregate posterior')
-    if implicit := [*dict.fromkeys([*pair.implicit_guide, *pair.implicit_prior])]:
-        raise NoDensityError(
-            f"a mixture of posteriors needs their densities and the prior's, and the sites {implicit} are implicit; "
-            "held_out_marginal_kl_estimate estimates the divergence by a critic"
-        )
-    if pair.local_point_masses:
-        raise ValueError(
-            f"the guide's distribution at the latent sites {pair.local_point_masses} is a point mass (Delta): q(z) has "
-            "no density, and its divergence is infinite; use another family"
-        )
-    if helpers := [name for name in pair.order if name not in pair.latents]:
-        raise ValueError(
-            f"the guide's helper sites {helpers} make the density of its latent sites an integral that is not known; "
-            "held_out_marginal_kl_estimate estimates the divergence by a critic"
-        )
-    for name in pair.local:
-        check_unmasked(name, pair.nodes[name])
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """Draws of q(z|x), one for each of M rows: log q(z|x), log p(z), ``(M,)``, and each site's values, rows first."""
-
-    own: Tensor
-    prior: Tensor
-    values: dict[str, Tensor]
-
-
-def _drawn(pair: Prepared, guide: Callable, chosen: Tensor, rows: int) -> _Draws:
-    local = pair.local
-    own, prior, values = [], [], dict[str, list[Tensor]]({name: [] for name in local})
-    for part in chosen.split(rows):
-        batch = tuple(x[part.to(x.device)] for x in pair.batch)
-        trace = poutine.trace(guide).get_trace(*batch)
-        drawn = sample_sites(trace)
-        modelled = draw_only(poutine.replay(pair.model, trace=trace), local, batch)
-        for name in local:
-            if has_stochastic_density(drawn[name]["fn"]):
-                raise NoDensityError(
-                    f"the guide's density at site '{name}' is an estimate (SemiImplicit), and so would be the "
-                    "mixture's; held_out_marginal_kl_estimate estimates the divergence by a critic"
-                )
-            values[name].append(drawn[name]["value"].movedim(row_axis(drawn[name]), 0))
-        here = {name: drawn[name]["value"] for name in local}
-        own.append(_log_density(drawn, here))
-        prior.append(_log_density(modelled, here))
-        rolled = draw_only(poutine.replay(pair.model, trace=trace), local, tuple(x.roll(1, 0) for x in batch))
-        if not torch.allclose(_log_density(rolled, here), prior[-1], 1e-3, 1e-3):
-            raise ValueError(
-                "the prior of the latent sites is not the same for all observations, so there is no marginal prior for "
-                "q(z) to match; held_out_rate_estimate and rate_distortion compare q(z|x) with each one's own"
-            )
-    return _Draws(torch.cat(own), torch.cat(prior), {name: torch.cat(parts) for name, parts in values.items()})
-
-
-def _aggregate(pair: Prepared, guide: Callable, draws: _Draws, rows: int) -> Tensor:
-    """log q(z) at each draw, ``(M,)``. Draws are copies of the rows, so that an encoder sees a row once for all."""
-    samples, count = len(draws.own), len(pair.batch[0])
-    total = torch.full((samples,), -math.inf, dtype=torch.float64)
-    for part in parts(samples, 1, rows):
-        size = part.stop - part.start
-        for few in parts(count, size, rows):
-            batch = tuple(x[few] for x in pair.batch)
-            held = {
-                name: value[part].repeat_interleave(len(batch[0]), 0).movedim(0, row_axis(pair.nodes[name]))
-                for name, value in draws.values.items()
-            }
-            with Copies(size):
-                trace = poutine.trace(poutine.condition(guide, data=held)).get_trace(*repeat(batch, size))
-            log_q = _log_density(sample_sites(trace), held).view(size, -1)
-            total[part] = torch.logaddexp(total[part], log_q.logsumexp(1))
-    return total - math.log(count)
-
-
-def _log_density(nodes: dict[str, dict[str, Any]], values: dict[str, Tensor]) -> Tensor:
-    """Of all sites together at these values, for each row, on the CPU."""
-    of_sites = [per_row(nodes[name], nodes[name]["fn"].log_prob(value)) for name, value in values.items()]
-    return torch.stack(of_sites).sum(0).double().cpu()
-
-
-def _error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def _check_bounds(found: MarginalKL) -> None:
+    """Raise an ``ArithmeticError`` outside of 0 ≤ I ≤ log N or of rate − log N ≤ KL ≤ rate. The rate is that of the
+    same draws, so that both say the same of I, and only KL ≥ 0 is left."""
+    information, error = found.mutual_information, found.mutual_information_error
+    most = math.log(found.observations)
+    no_divergence = "no divergence is negative"
+    check_not_negative("the mutual information", information, error, found.samples, no_divergence)
+    check_not_negative("the marginal KL", found.marginal_kl, found.marginal_kl_error, found.samples, no_divergence)
+    check_not_negative(
+        f"log N = {most:.3f} less the mutual information of {information:.3f} nats",
+        most - information,
+        error,
+        found.samples,
+        "each posterior is one of the N that q(z) is the mixture of, so rate − log N ≤ KL(q(z) ‖ p(z))",
+    )

@@ -1,6 +1,7 @@
 """The two parts of the rate against closed forms, and against the double sum written out."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -9,10 +10,22 @@ import torch
 from torch import nn
 
 from pyrogen.data import LinearGaussian
-from pyrogen.distributions import Delta, Flow, Implicit, Normal, SemiImplicit
+from pyrogen.distributions import (
+    Delta,
+    Flow,
+    Implicit,
+    Mixture,
+    MultivariateNormal,
+    Normal,
+    NormalLikelihood,
+    SemiImplicit,
+    StandardNormal,
+)
 from pyrogen.distributions.implicit import NoDensityError
-from pyrogen.evaluation import marginal_kl, mutual_information
+from pyrogen.evaluation.aggregate import Aggregate, aggregated
+from pyrogen.evaluation.marginals import marginal_kl, mutual_information
 from pyrogen.inference import AmortizedGuide
+from pyrogen.models import LatentVariableModel
 
 SLOPE, SCALE = 0.9, 0.4
 
@@ -152,3 +165,101 @@ def test_what_has_no_mixture_is_refused():
         marginal_kl(of_its_own, line, torch.randn(9, 2), samples=5)
     with pytest.raises(ArithmeticError, match="no divergence is negative"):
         marginal_kl(model, wrong, torch.zeros(50, 2) + 0.01 * torch.arange(50.0).unsqueeze(-1), samples=200)
+
+
+def test_a_posterior_that_differs_from_batch_to_batch_breaks_the_upper_bound():
+    def standardised(x):
+        """Where the posteriors of a batch stand depends on the whole of it."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x - x.mean(0), SCALE).to_event(1))
+
+    x = 100.0 * torch.arange(8.0).unsqueeze(-1).expand(-1, 2)
+    with pytest.raises(ArithmeticError, match=r"log N = 2.079 less the mutual information .* rate − log N ≤ KL"):
+        marginal_kl(model, standardised, x, samples=30)
+
+
+PRIORS = {
+    "standard": lambda: StandardNormal(2),
+    "correlated": lambda: MultivariateNormal(2),
+    "mixture": lambda: Mixture(2, components=3),
+    "flow": lambda: Flow(2),
+}
+FAMILIES = {
+    "normal": Normal,
+    "multivariate": MultivariateNormal,
+    "mixture": Mixture,
+    "coupling": partial(Flow, transform="spline_coupling", layers=2),
+    "autoregressive": Flow,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_inside_the_bounds_everywhere(prior, family, spread):
+    """Each draw has a posterior of its own in the mixture, so the lower bound holds draw by draw, and for their mean
+    up to rounding; the upper one in the mean, to five standard errors."""
+    program = LatentVariableModel(PRIORS[prior](), NormalLikelihood(nn.Linear(2, 3)))
+    x = spread * torch.randn(25, 3)
+    guide = AmortizedGuide(program, nn.Linear(3, 4), FAMILIES[family])
+    with torch.no_grad():
+        for parameter in guide.conditionals.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found = marginal_kl(program, guide, x, samples=100)
+    assert found.rate - math.log(25) - 1e-4 <= found.marginal_kl <= found.rate + 5 * found.mutual_information_error
+    assert found.marginal_kl > -5 * found.marginal_kl_error
+    assert found.mutual_information + found.marginal_kl == pytest.approx(found.rate, abs=1e-5)
+
+
+def two_sites(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("s", dist.Gamma(2.0, 1.0))
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=x)
+
+
+def two_apart(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("s", dist.LogNormal(x[:, 0], 0.5))
+        pyro.sample("z", dist.Normal(x, SCALE).to_event(1))
+
+
+def two_together(x):
+    with pyro.plate("data", len(x)):
+        s = pyro.sample("s", dist.LogNormal(x[:, 0], 0.5))
+        pyro.sample("z", dist.Normal(x + s.unsqueeze(-1), SCALE).to_event(1))
+
+
+def test_sites_that_do_not_depend_on_each_other_are_scored_by_one_pass(monkeypatch):
+    x = torch.randn(30, 2)
+    with aggregated(two_sites, two_apart, x, seed=0, rows=100) as aggregate:
+        assert aggregate.separate
+    with aggregated(two_sites, two_together, x, seed=0, rows=100) as aggregate:
+        assert not aggregate.separate
+    fast = marginal_kl(two_sites, two_apart, x, samples=40, rows=100)
+    monkeypatch.setattr(Aggregate, "separate", False)
+    slow = marginal_kl(two_sites, two_apart, x, samples=40, rows=100)
+    assert fast.marginal_kl == pytest.approx(slow.marginal_kl, abs=1e-5)
+    assert fast.mutual_information == pytest.approx(slow.mutual_information, abs=1e-5)
+
+
+def test_memory_is_bounded_and_the_encoder_sees_a_row_once_for_all_draws():
+    seen, scored = [], []
+
+    class Watched(dist.Normal):
+        def log_prob(self, value):
+            scored.append(value.numel())
+            return super().log_prob(value)
+
+        def expand(self, batch_shape, _instance=None):
+            return Watched(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+    def watched(x):
+        seen.append(len(x))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Watched(SLOPE * x, torch.tensor(SCALE)).to_event(1))
+
+    marginal_kl(model, watched, torch.randn(1000, 2), samples=500, rows=128)
+    assert max(seen) <= 128 and max(scored) <= 128 * 2
+    # The mixture, the draws and their own densities; and a few rows to check programs by.
+    assert sum(seen) <= 1000 + 500 + 500 + 20
