@@ -8,8 +8,10 @@ import pytest
 import torch
 import xarray
 
-from pyrogen.distributions import Bernoulli, StandardNormal
-from pyrogen.evaluation import inference_data, to_arviz
+from pyrogen.distributions import Bernoulli, Implicit, SemiImplicit, StandardNormal
+from pyrogen.evaluation import frames, posterior_groups, to_arviz
+from pyrogen.evaluation.inference_data import reference_posterior
+from pyrogen.evaluation.nuts import nuts
 from pyrogen.inference import AmortizedGuide
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP
@@ -19,6 +21,7 @@ with warnings.catch_warnings():
     import arviz
 
 OLD = int(arviz.__version__.split(".")[0]) == 0
+aliases = pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # 0.23 with Matplotlib 3.11
 needs_old = pytest.mark.skipif(not OLD, reason="checks functions as ArviZ 0.x has them")
 
 
@@ -52,6 +55,10 @@ def test_groups_names_and_coordinates(images):
     assert shapes == {
         ("posterior", "z"): draws | {"z_dim": 2},
         ("log_likelihood", "x"): draws,
+        ("log_likelihood", "marginal"): draws,
+        ("sample_stats", "log_prior_z"): draws,
+        ("sample_stats", "log_guide_z"): draws,
+        ("sample_stats", "lp"): draws,
         ("sample_stats", "log_weight"): draws,
         ("sample_stats", "pareto_k"): {"observation": 3},
         ("posterior_predictive", "x"): {"chain": 2, "draw": 10} | pixels,
@@ -124,26 +131,12 @@ def test_weights_of_an_exact_posterior_are_equal(ppca, exact, make_run):
     assert (tree["sample_stats"]["pareto_k"] == 0).all()
 
 
-def test_pareto_k_tells_a_good_guide_from_a_bad_one(ppca, wide, make_run):
-    """Scales too small by a factor s leave tails with k = 1 - s^2, 0.91 here; too large ones leave none."""
-    model, x = ppca
-
-    def narrow(x):
-        posterior = model.posterior(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(posterior.mean, 0.3 * posterior.stddev).to_event(1))
-
-    good, bad = (
-        to_arviz(make_run(model, guide, x), x[:8], draws=1000)["sample_stats"]["pareto_k"].values
-        for guide in (wide, narrow)
-    )
-    assert good.max() < 0.5 and np.median(bad) > 0.7
-
-
 def test_a_point_mass_has_no_weights(ppca, point_mass, make_run):
     model, x = ppca
     tree = to_arviz(make_run(model, point_mass, x), x[:4], draws=30)
-    assert "sample_stats" not in {group.strip("/") for group in tree.groups()}
+    assert {*tree["sample_stats"].data_vars} == {"log_prior_z", "lp"}
+    assert np.isnan(tree["log_likelihood"]["marginal"]).all()
+    assert tree["log_likelihood"].attrs["leave_one_out"].startswith("not known")
     np.testing.assert_allclose(tree["posterior"]["z"].std("draw"), 0.0, atol=1e-12)
 
 
@@ -167,7 +160,7 @@ def test_arviz_reads_it(images, tmp_path):
 
 
 @needs_old
-@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # ArviZ 0.23 with Matplotlib 3.11
+@aliases
 def test_arviz_draws_it(images):
     import matplotlib
 
@@ -180,30 +173,10 @@ def test_arviz_draws_it(images):
     matplotlib.pyplot.close(np.ravel(axes)[0].figure)
 
 
-@needs_old
-def test_leave_one_out_is_exact_for_global_sites(global_mean, make_run):
-    """The eight leave-one-out predictive densities in closed form; their sum lies well below the in-sample one.
-
-    1600 draws: the error of each log-density is about 0.5 / sqrt(1600), of the sum, whose parts partly cancel, under
-    0.05; four of these fail once in 10^4.
-    """
-    run = make_run(global_mean.model, global_mean.guide, global_mean.x)
-    data = to_arviz(run, global_mean.x, draws=400, prior_draws=10)
-    x = global_mean.x
-    loc, variance = (x.sum() - x) / 8, 1 / 8
-    exact = dist.Normal(loc, (1 + variance) ** 0.5).log_prob(x).sum()
-    inside = global_mean.log_predictive(x).sum()
-    assert inside - exact > 1.0
-    assert arviz.loo(data).elpd_loo == pytest.approx(float(exact), abs=0.2)
-    # Joint weights are the evidence where the guide is exact: all equal.
-    joint = data["log_likelihood"]["x"].sum("observation") + data["sample_stats"]["log_weight_global"]
-    assert float(joint.std()) < 1e-9
-
-
 def test_a_data_tree_is_what_the_next_arviz_takes(images, monkeypatch, tmp_path):
     run, x = images
     expected = to_arviz(run, x, draws=30)
-    monkeypatch.setattr(inference_data, "version", lambda package: "1.2.0")
+    monkeypatch.setattr(frames, "version", lambda package: "1.2.0")
     tree = to_arviz(run, x, draws=30)
     assert isinstance(tree, xarray.DataTree)
     assert {"posterior", "prior", "sample_stats", "observed_data"} <= set(tree.children)
@@ -223,49 +196,30 @@ def test_arviz_base_reads_it(images, monkeypatch):
     import arviz_base
 
     run, x = images
-    monkeypatch.setattr(inference_data, "version", lambda package: "1.2.0")
+    monkeypatch.setattr(frames, "version", lambda package: "1.2.0")
     tree = to_arviz(run, x, draws=30)
     assert arviz_base.convert_to_datatree(tree) is tree
     assert arviz_base.extract(tree, var_names="z").sizes == {"observation": 3, "z_dim": 2, "sample": 120}
 
 
-needs_stats = pytest.mark.skipif(find_spec("arviz_stats") is None, reason="arviz-stats is not installed")
+def test_without_the_new_statistics_there_is_no_pareto_k(images, monkeypatch):
+    def missing(*arguments, **options):
+        raise ModuleNotFoundError
 
-
-@pytest.mark.parametrize("major", [pytest.param(0, marks=needs_old), pytest.param(1, marks=needs_stats)])
-def test_pareto_k_of_pareto_weights_is_theirs(major):
-    """The mean over 100 fits to a tail of 190 values each has an error of about (1 + k) / sqrt(19 000) = 0.014.
-
-    ArviZ's weak prior pulls k by up to 0.02 towards 0.5; 0.08 beside that fails once in 10^7.
-    """
-    exponential = np.random.default_rng(0).exponential(size=(100, 4000))
-    for k in (0.2, 0.5, 0.9):
-        found = inference_data.pareto_k(k * exponential, major=major)
-        assert found is not None and found.mean() == pytest.approx(k, abs=0.1)
-    tied = np.repeat([[0.0, 5.0]], 50, axis=1)
-    np.testing.assert_equal(inference_data.pareto_k(tied, major=major), [np.inf])
-    np.testing.assert_equal(inference_data.pareto_k(np.zeros((2, 50)), major=major), [0.0, 0.0])
-
-
-def test_without_the_new_statistics_there_is_no_pareto_k(monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(inference_data, "_import", missing)
-    assert inference_data.pareto_k(np.eye(2, 30), major=1) is None
+    run, x = images
+    monkeypatch.setattr(posterior_groups, "tail_shapes", missing)
+    assert "pareto_k" not in to_arviz(run, x, draws=30)["sample_stats"]
 
 
 def test_without_arviz_it_says_what_to_install(monkeypatch):
     def missing(package):
-        raise inference_data.PackageNotFoundError(package)
+        raise frames.PackageNotFoundError(package)
 
-    monkeypatch.setattr(inference_data, "version", missing)
+    monkeypatch.setattr(frames, "version", missing)
     with pytest.raises(ModuleNotFoundError, match="pip install arviz"):
-        inference_data._arviz_major()
-    monkeypatch.setattr(
-        inference_data, "version", lambda package: "0.8.2" if package == "arviz-base" else missing(package)
-    )
-    assert inference_data._arviz_major() == 1
+        frames.arviz_major()
+    monkeypatch.setattr(frames, "version", lambda package: "0.8.2" if package == "arviz-base" else missing(package))
+    assert frames.arviz_major() == 1
 
 
 @pytest.mark.parametrize("option", ["draws", "chains", "prior_draws", "predictive_draws"])
@@ -279,3 +233,176 @@ def test_without_a_guide_there_is_no_posterior(ppca, make_run):
     model, x = ppca
     with pytest.raises(ValueError, match="no guide"):
         to_arviz(make_run(model, None, x), x)
+
+
+def test_densities_at_the_sites_written_out(make_run):
+    x = torch.randn(5)
+    guide = AmortizedGuide(nested, MLP((), 4), example=x)
+    tree = to_arviz(make_run(nested, guide, x), x, draws=20, chains=2, prior_draws=0, predictive_draws=0)
+    posterior, stats, likelihood = (tree[group] for group in ("posterior", "sample_stats", "log_likelihood"))
+    z, scale = (torch.as_tensor(posterior[name].values) for name in ("z", "scale"))
+    log_z, log_scale = dist.Normal(0.0, 1.0).log_prob(z).sum((-1, -2)), dist.LogNormal(0.0, 1.0).log_prob(scale)
+    np.testing.assert_allclose(stats["log_prior_z"], log_z, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["log_prior_scale"], log_scale, rtol=1e-4, atol=1e-4)
+    assert stats["log_guide_scale"].dims == stats["lp"].dims == ("chain", "draw")
+    assert stats["log_guide_z"].dims == ("chain", "draw", "observation")
+    joint = (likelihood["x"] + stats["log_prior_z"]).sum("observation") + stats["log_prior_scale"]
+    np.testing.assert_allclose(stats["lp"], joint, rtol=1e-4)
+    ratio = likelihood["x"] + stats["log_prior_z"] - stats["log_guide_z"]
+    np.testing.assert_allclose(stats["log_weight"], ratio, rtol=1e-3, atol=1e-3)
+    whole = stats["log_prior_scale"] - stats["log_guide_scale"]
+    np.testing.assert_allclose(stats["log_weight_global"], whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [SemiImplicit, Implicit])
+def test_densities_as_far_as_they_are_known(family, make_run):
+    model, x = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, (4,)))), (torch.rand(3, 4) > 0.5).float()
+    run = make_run(model, AmortizedGuide(model, MLP(4, 8), family), x)
+    tree = to_arviz(run, x, draws=20, chains=2, prior_draws=0, predictive_draws=0)
+    stats, likelihood = tree["sample_stats"], tree["log_likelihood"]
+    prior = dist.Normal(0.0, 1.0).log_prob(torch.as_tensor(tree["posterior"]["z"].values)).sum(-1)
+    np.testing.assert_allclose(stats["log_prior_z"], prior, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["lp"], likelihood["x"] + stats["log_prior_z"], rtol=1e-4)
+    if family is Implicit:
+        assert {*stats.data_vars} == {"log_prior_z", "lp"} and np.isnan(likelihood["marginal"]).all()
+    else:  # the estimated density is the one that the weight is made of, not another
+        np.testing.assert_allclose(stats["log_weight"], stats["lp"] - stats["log_guide_z"], rtol=1e-4, atol=1e-4)
+
+
+def test_draws_outside_the_prior_have_a_density_all_the_same(make_run):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", TooWide(0.0, 1.0))
+
+    class TooWide(dist.Uniform):
+        def rsample(self, sample_shape=()):
+            return 2 * super().rsample(sample_shape)
+
+        def log_prob(self, value):
+            return dist.Uniform(0.0, 2.0).log_prob(value)
+
+    x = torch.zeros(3)
+    stats = to_arviz(make_run(model, guide, x), x, draws=40, predictive_draws=0)["sample_stats"]
+    outside = np.isinf(stats["log_prior_z"].values)
+    assert 0.2 < outside.mean() < 0.8  # of 480
+    np.testing.assert_allclose(stats["log_guide_z"], -np.log(2), rtol=1e-5)
+    assert (stats["log_weight"].values[outside] == -np.inf).all()
+
+
+def test_deterministic_sites_belong_to_the_posterior(make_run):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("twice", 2 * z, event_dim=0)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(3)
+    run = make_run(model, AmortizedGuide(model, MLP((), 4), example=x), x)
+    tree = to_arviz(run, x, draws=5, prior_draws=6)
+    for group in ("posterior", "prior"):
+        np.testing.assert_allclose(tree[group]["twice"], 2 * tree[group]["z"])
+    assert {*tree["observed_data"].data_vars} == {*tree["posterior_predictive"].data_vars} == {"x"}
+    assert {*tree["log_likelihood"].data_vars} == {"x", "marginal"}
+
+
+def test_labels_and_names(make_run):
+    x = (torch.rand(3, 3, 2, 2) > 0.5).float()
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, (3, 2, 2))))
+    run = make_run(model, AmortizedGuide(model, MLP((3, 2, 2), 8)), x)
+    few = {"draws": 5, "prior_draws": 2, "predictive_draws": 2}
+    tree = to_arviz(run, x, **few)
+    assert tree["observed_data"]["x_channel"].values.tolist() == ["red", "green", "blue"]
+    labels = {"observation": ["a", "b", "c"], "unit": torch.tensor([4, 2]), "x_channel": range(3)}
+    tree = to_arviz(run, x, **few, dims={"z": ["unit"]}, coords=labels)
+    for group in ("posterior", "prior"):
+        assert tree[group]["z"].dims == ("chain", "draw", "observation", "unit")
+        assert tree[group]["unit"].values.tolist() == [4, 2]
+    assert tree["posterior"]["z"].sel(observation="b", unit=2).shape == (4, 5)
+    assert tree["observed_data"]["x_channel"].values.tolist() == [0, 1, 2]
+    for options, message in (
+        ({"dims": {"y": ["unit"]}}, "names the dimensions of 'y', but the model has the sites"),
+        ({"dims": {"z": ["a", "b"]}}, "must give 1 different names to the site 'z'"),
+        ({"dims": {"z": "draw"}}, "must give 1 different names to the site 'z'"),
+        ({"dims": {"z": "x_row", "x": ["u", "v", "w"]}}, None),
+        ({"dims": {"z": "x_channel"}}, "dimension 'x_channel' of the site 'x' has 3 elements, but 2 at another"),
+        ({"coords": {"unit": [1, 2]}}, "labels the dimension 'unit', but those there are to label are"),
+        ({"coords": {"observation": [1, 2]}}, "must have 3 different labels for the dimension 'observation'"),
+        ({"coords": {"observation": [7, 7, 1]}}, "to labels that repeat, such as classes, add a number"),
+    ):
+        if message is None:
+            assert "x_row" in to_arviz(run, x, **few, **options)["posterior"].dims
+            continue
+        with pytest.raises(ValueError, match=message):
+            to_arviz(run, x, **few, **options)
+
+
+def conjugate(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A few draws for two observations; not a reference, but its form."""
+    generator = torch.Generator().manual_seed(0)
+    return nuts(conjugate, None, torch.randn(2, 2, generator=generator), draws=20, warmup=40, chains=2)
+
+
+@pytest.mark.parametrize("major", [pytest.param(0, marks=needs_old), 1])
+def test_a_reference_beside_the_guide(major, reference, make_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(frames, "version", lambda package: f"{major}.3.0")
+    (x,) = reference.x
+    run = make_run(conjugate, AmortizedGuide(conjugate, MLP(2, 4)), x)
+    coords = {"observation": ["first", "second"]}
+    tree = to_arviz(run, x, draws=30, prior_draws=10, predictive_draws=5, reference=reference, coords=coords)
+    np.testing.assert_array_equal(tree["reference"]["z"], reference.samples["z"])
+    assert tree["reference"]["z"].dims == tree["posterior"]["z"].dims
+    assert tree["sample_stats_reference"]["diverging"].dims == ("chain", "draw", "observation")
+    assert (
+        tree["reference"].attrs["converged"] == "False" and "NOT A REFERENCE" in tree["reference"].attrs["diagnostics"]
+    )
+    alone = reference_posterior(tree)
+    assert type(alone) is type(tree)
+    np.testing.assert_array_equal(alone["posterior"]["z"], reference.samples["z"])
+    assert "diverging" in alone["sample_stats"] and "prior" in alone and "log_likelihood" not in alone
+    for name, data in {"tree": tree, "alone": alone}.items():
+        path = tmp_path / f"{name}.nc"
+        data.to_netcdf(str(path))
+        again = xarray.open_datatree(path) if major else arviz.from_netcdf(str(path))
+        kept, found = frames.datasets_of(data), frames.datasets_of(again)
+        assert kept.keys() == found.keys()
+        for group in kept:
+            xarray.testing.assert_identical(found[group], kept[group])
+    with pytest.raises(ValueError, match="the tree has no group 'reference'"):
+        reference_posterior(alone)
+    with pytest.raises(ValueError, match="the very 2 observations of x"):
+        to_arviz(run, x + 1, draws=30, reference=reference)
+
+
+@needs_old
+@aliases
+def test_arviz_draws_guide_and_reference(reference, make_run):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    (x,) = reference.x
+    tree = to_arviz(make_run(conjugate, AmortizedGuide(conjugate, MLP(2, 4)), x), x, draws=30, reference=reference)
+    alone, names = reference_posterior(tree), ["guide", "NUTS"]
+    one = {"var_names": ["z"], "coords": {"observation": 0}}
+    for axes in (
+        arviz.plot_forest([tree, alone], model_names=names, var_names=["z"]),
+        arviz.plot_density([tree, alone], data_labels=names, var_names=["z"]),
+        arviz.plot_pair(alone, ax=arviz.plot_pair(tree, **one), **one),
+        arviz.plot_pair(alone.sel(observation=0), var_names=["z"], divergences=True),
+        arviz.plot_trace(tree, **one),
+        arviz.plot_trace(alone, **one),
+        arviz.plot_ppc(tree, num_pp_samples=5),
+    ):
+        matplotlib.pyplot.close(np.ravel(axes)[0].figure)
+    assert list(arviz.summary(alone).index) == list(arviz.summary(tree).index)
