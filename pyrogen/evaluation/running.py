@@ -28,10 +28,10 @@ from pyrogen.inference.programs import (
     no_sites,
     prototype,
     repeat,
-    row_axis,
     sample_sites,
 )
 from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
+from pyrogen.inference.units import by_row, means
 
 __all__ = ["ROWS", "Prepared", "by_row", "check_counts", "means", "pair_passes", "parts", "passes", "prepared"]
 
@@ -341,16 +341,3 @@ def parts(total: int, copies: int, rows: int) -> Iterator[slice]:
     size = max(1, rows // copies)
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
-
-
-def by_row(node: dict[str, Any], value: Tensor, copies: int) -> Tensor:
-    """A value of a site by copy and row: ``(K, B, *nested plates, *event)``, or ``(*plates, *event)`` if global."""
-    return value if data_frame(node) is None else value.movedim(row_axis(node), 0).unflatten(0, (copies, -1))
-
-
-def means(node: dict[str, Any]) -> Tensor | None:
-    """The mean of a site's distribution in the shape of its value, or None where it has none in closed form."""
-    try:
-        return node["fn"].mean.expand_as(node["value"])
-    except (NotImplementedError, AttributeError):
-        return None

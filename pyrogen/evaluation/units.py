@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyrogen.evaluation.running import ROWS, Prepared, by_row, means, passes, prepared
-from pyrogen.inference.programs import sample_sites
+from pyrogen.evaluation.running import ROWS, passes, prepared
+from pyrogen.inference.units import INACTIVE, unit_variances
 
 __all__ = ["ActiveUnits", "active_units"]
 
@@ -53,7 +53,7 @@ def active_units(
     guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
-    threshold: float = 0.01,
+    threshold: float = INACTIVE,
     particles: int = 100,
     seed: int = 0,
     rows: int = ROWS,
@@ -105,29 +105,5 @@ def active_units(
                 f"a variance needs at least two observations and two particles, got {len(pair.batch[0])} and "
                 f"{particles}"
             )
-        return ActiveUnits(_variances(pair, particles, rows), threshold)
-
-
-def _variances(pair: Prepared, particles: int, rows: int) -> dict[str, Tensor]:
-    names = pair.local
-    sums: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    like = pair.batch[0]
-    for part, copies, trace in passes(pair.guide, pair.batch, particles, rows, copies=pair.copies_of(particles)):
-        nodes = sample_sites(trace)
-        for name in names:
-            node = nodes[name]
-            mean = means(node)
-            like = node["value"]
-            m = by_row(node, like if mean is None else mean, copies).double().cpu()
-            if name not in sums:
-                sums[name] = m.new_zeros(len(pair.batch[0]), *m.shape[2:])
-                squares[name] = sums[name].clone()
-            sums[name][part] += m.sum(0)
-            squares[name][part] += m.square().sum(0)
-    variances = {}
-    for name in names:
-        mean = sums[name] / particles
-        noise = (squares[name] / particles - mean.square()).clamp(min=0) / (particles - 1)
-        variances[name] = (mean.var(0) - noise.mean(0)).to(like.dtype).to(like.device)
-    return variances
+        found = passes(pair.guide, pair.batch, particles, rows, copies=pair.copies_of(particles))
+        return ActiveUnits(unit_variances(found, pair.local, len(pair.batch[0]), particles), threshold)

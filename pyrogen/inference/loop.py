@@ -34,7 +34,9 @@ from pyrogen.inference.checkpoints import (
     unique_tensors,
     write_tensors,
 )
-from pyrogen.inference.run import SETTINGS, FitOptions, Run, settings_of, write_run, write_yaml
+from pyrogen.inference.programs import latent_sites, prototype
+from pyrogen.inference.run import INACTIVE_UNITS, SETTINGS, FitOptions, Run, settings_of, write_run, write_yaml
+from pyrogen.inference.units import UNIT_ROWS, inactive_units
 from pyrogen.inference.watch import CriticWatch
 
 __all__ = ["CHECKPOINT", "NonFiniteLoss", "Training"]
@@ -93,6 +95,11 @@ class Training:
         self.batches = batches.to(fabric.device, dtype)
         self.fingerprint = batches.fingerprint()
         self.validation = None if validation is None else validation.to(fabric.device, dtype)
+        self.watched = self.batches if self.validation is None else self.validation
+        self.local: list[str] = []
+        if run.guide is not None and len(self.watched) > 1:
+            sites = latent_sites(prototype(run.model, *(x.to(fabric.device) for x in self.batches.first())))
+            self.local = [name for name, site in sites.items() if not site.is_global]
         self.total = options.steps or (options.epochs or 0) * batches.per_epoch
         if critics and options.critic.warmup >= self.total:
             raise ValueError(
@@ -149,15 +156,19 @@ class Training:
         self._check_weights()
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
-        row = {"epoch": epoch + 1, "step": self.step} | {name: float(v) / count for name, v in sums.items()}
+        means = {name: float(value) / count for name, value in sums.items()}
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step} | means
         self.watch.look(row, count, self.settling)
         row["validation"] = math.nan
         row[self.run.objective.validates_as or "validation"] = self._validate(epoch)
         row |= {"learning_rate": self.optimizers["program"].param_groups[0]["lr"], "seconds": self.run.seconds}
         row["rows_per_second"] = rows / seconds
+        if self.local:
+            row[INACTIVE_UNITS] = self._inactive_units()
         history, last = self.run.history, pd.DataFrame([row])
         self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
-        self.fabric.log_dict({name: value for name, value in row.items() if not math.isnan(value)}, step=self.step)
+        figures = {name: value for name, value in row.items() if name != INACTIVE_UNITS}
+        self.fabric.log_dict({name: value for name, value in figures.items() if not math.isnan(value)}, step=self.step)
         return self._finish_epoch(epoch)
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -252,6 +263,13 @@ class Training:
             for batch in self.validation.in_order(self.fabric.device, size):
                 total += self.module.bound(*batch).sum().cpu()
         return float(total) / len(self.validation)
+
+    def _inactive_units(self) -> str:
+        """The latent units that say nothing of validation data, or of training data where there are none for that."""
+        guide: Any = self.run.guide
+        with seeded(self.run.options.seed, self.fabric.device), self._with_averaged():
+            rows = next(self.watched.in_order(self.fabric.device, UNIT_ROWS))
+            return " ".join(inactive_units(guide, self.local, rows)) or "none"
 
     def _validates(self, epoch: int) -> bool:
         return (epoch + 1) % self.run.options.validate_every == 0 or self.step == self.total

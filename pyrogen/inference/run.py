@@ -34,6 +34,8 @@ __all__ = ["CriticOptions", "FitOptions", "OutputExistsError", "Run", "load", "p
 
 FORMAT = 1
 WEIGHTS, SETTINGS, HISTORY = "weights.safetensors", "run.yaml", "history.csv"
+INACTIVE_UNITS = "inactive_units"
+"""The one column of a history that is text."""
 
 
 class OutputExistsError(FileExistsError, ValueError):
@@ -137,7 +139,9 @@ class Run:
             the model's data (``verdict_samples``, ``verdict_reconstructions``), and the share of draws that each tells
             apart, ``accuracy_`` and its name; at a site with an implicit prior there are ``accuracy_<site>_prior`` for
             the critic that teaches this and, with an adaptive contrast, ``accuracy_<site>_model``. The loss is the
-            program's alone.
+            program's alone. With a guide of per-observation sites there is ``inactive_units``: at the end of the epoch,
+            the latent units whose posterior mean has a variance of at most 0.01 over up to 1000 rows for validation,
+            or where there are none of these for training, as ``z[0] z[3]`` or ``none``.
         options: How it was fitted.
         data: What :func:`pyrogen.data.load` can load again, or None for data of the user's own.
         example: Shape and type of each tensor of a batch of two rows.
@@ -382,13 +386,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def _number(name: str, text: str) -> float:
+    return int(text) if name in ("epoch", "step") else float(text or "nan")
+
+
 def _read_history(folder: Path) -> pd.DataFrame:
     try:
         text = pd.read_csv(folder / HISTORY, dtype=str, keep_default_na=False)
         # Python's own float reads exactly what was written; pandas' default, in older versions, nearly.
         return pd.DataFrame(
             {
-                name: [int(x) if name in ("epoch", "step") else float(x or "nan") for x in column]
+                name: [*column] if name == INACTIVE_UNITS else [_number(str(name), x) for x in column]
                 for name, column in text.items()
             }
         )

@@ -22,7 +22,10 @@ from pyrogen.inference.loop import CHECKPOINT
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 from pyrogen.networks import MLP
 
-COLUMNS = ["epoch", "step", "loss", "distortion", "rate", "validation", "learning_rate", "seconds", "rows_per_second"]
+COLUMNS = [
+    *("epoch", "step", "loss", "distortion", "rate", "validation", "learning_rate", "seconds", "rows_per_second"),
+    "inactive_units",
+]
 
 
 @pytest.fixture(scope="module")
