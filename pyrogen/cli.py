@@ -31,6 +31,7 @@ DESCRIPTION = """Generative models as Pyro programs: fit them, compare guides on
   pyrogen fit --model my_model.py:Model --data mnist  a Pyro program of your own
   pyrogen evaluate runs/fit-mnist-001                 log-likelihood, rate and distortion of held-out data
   pyrogen sample runs/fit-mnist-001 --out new.png     new observations
+  pyrogen report runs/compare-digits-001              tables and pictures on one page
 
 Every flag can stand in a YAML file instead: --config FILE.yaml. Flags win over the file."""
 
@@ -39,7 +40,11 @@ COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     "fit": ((FitSettings, commands.OutputSettings), "Fit one model with one guide"),
     "evaluate": ((commands.EvaluateSettings,), "Evaluate a fitted run"),
     "sample": ((commands.SampleSettings,), "Sample from a fitted run"),
+    "report": ((commands.ReportSettings,), "Show fitted runs on one page"),
 }
+
+PLACES = {"run": " RUN", "runs": " RUN..."}
+"""Settings that are given by their place and not by a flag."""
 
 CLASSES = """Wherever a class is asked for, give its short name, an import path, or FILE.py:NAME. Its own options
 follow as flags:
@@ -125,6 +130,8 @@ def _run(arguments: list[str]) -> int:
             print(commands.run_evaluate(*settings))
         case "sample":
             print(f"Written to {commands.run_sample(*settings)}")
+        case "report":
+            print(f"Written to {commands.run_report(*settings)}")
     return 0
 
 
@@ -133,7 +140,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="pyrogen", description=DESCRIPTION, **look)
     commands_of = parser.add_subcommands()
     for name, (groups, title) in COMMANDS.items():
-        place = " RUN" if any(field.name == "run" for field in dataclasses.fields(groups[0])) else ""
+        place = "".join(PLACES.get(field.name, "") for field in dataclasses.fields(groups[0]))
         usage = f"pyrogen {name}{place} [--config FILE.yaml] [options]"
         command = ArgumentParser(description=_head(groups[0]), usage=usage, **look)
         file = "A YAML file with any of these options, such as the one that a run wrote."
@@ -151,20 +158,23 @@ def _head(group: type) -> str:
 
 
 def _add(parser: ArgumentParser, group: type) -> None:
-    """Add a dataclass's fields as flags; switches without a value, lists of several words, a run by its place."""
+    """Add a dataclass's fields as flags; switches without a value, lists of several words, runs by their place."""
     documented = _documentation(group)
-    own = {"run"} | {f.name for f in dataclasses.fields(group) if f.type is bool or str(f.type).startswith("list")}
+    own = {*PLACES} | {f.name for f in dataclasses.fields(group) if f.type is bool or str(f.type).startswith("list")}
     for each in dataclasses.fields(group):
         text = documented[each.name]
-        if each.name == "run":
-            parser.add_argument("run", type=str, help=text)
+        if each.name in PLACES:
+            several: dict[str, Any] = {"nargs": "+"} if each.name == "runs" else {}
+            parser.add_argument(each.name, type=str, help=text, **several)
         elif each.type is bool and each.default is False:
             parser.add_argument(f"--{each.name}", action="store_true", help=text)
         elif each.type is bool:
             parser.add_argument(f"--{each.name}", type=bool, default=each.default, help=text)
         elif each.name in own:
-            default = getattr(group(), each.name)
-            parser.add_argument(f"--{each.name}", nargs="+", type=Part, default=default, help=text)
+            missing = dataclasses.MISSING
+            default = each.default if each.default_factory is missing else each.default_factory()
+            kind = str if "str" in str(each.type) else Part
+            parser.add_argument(f"--{each.name}", nargs="+", type=kind, default=default, help=text)
     skipped = own & {each.name for each in dataclasses.fields(group)}
     parser.add_class_arguments(group, as_group=False, skip=skipped)
 

@@ -1,6 +1,8 @@
 """The command: what it writes, what it says, and how it fails."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +187,141 @@ def test_fit_evaluate_sample(run, capsys):
     assert before.items() <= contents(run).items()
 
 
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def cells_of(markdown: Path) -> list[list[str]]:
+    """The rows of a report's first table, without what marks the best."""
+    lines = re.findall(r"(?:^\|.*\n)+", markdown.read_text(encoding="utf-8"), re.M)[0].splitlines()
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Reports without the pictures of each fit, and samples compared by their values, which are quick."""
+    monkeypatch.setattr(pg.experiment.report, "fit_blocks", lambda *_: [])
+    monkeypatch.setattr(commands, "compared_in", lambda *_: {})
+
+
+def test_report_of_a_comparison_takes_its_figures(comparison, tmp_path, monkeypatch, capsys):
+    before = contents(comparison)
+    monkeypatch.setattr(commands, "evaluate", lambda *_, **__: pytest.fail("the figures are there"))
+    assert main(["report", str(comparison), "--out", "page"]) == 0
+    assert f"Written to {Path('page') / 'report.html'}" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.html", "report.md", "figures"}
+    head, _, *rows = cells_of(tmp_path / "page" / "report.md")
+    table = pd.read_csv(comparison / "table.csv", index_col="guide")
+    assert [row[0] for row in rows] == [*table.index]
+    shown = [row[head.index("ELBO")] for row in rows]
+    assert shown == [f"−{-elbo:.2f}" for elbo in table["elbo"]]
+    assert "on 20 test rows" in (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    assert contents(comparison) == before
+
+
+def test_report_of_one_fit_of_a_comparison_has_its_name_and_figures(comparison, monkeypatch, no_pictures):
+    monkeypatch.setattr(commands, "evaluate", lambda *_, **__: pytest.fail("the figures are there"))
+    assert main(["report", str(comparison / "normal-elbo"), "--out", "page"]) == 0
+    assert [row[0] for row in cells_of(Path("page/report.md"))[2:]] == ["Normal ELBO"]
+
+
+def test_report_of_several_computes_what_is_not_there_and_notes_it(comparison, run, tmp_path, no_pictures):
+    before = contents(run)
+    arguments = ["report", str(comparison), str(run), str(comparison / "normal-elbo"), "--particles", "4"]
+    assert main([*arguments, "--rows", "20"]) == 0
+    rows = cells_of(tmp_path / "runs" / "report-001" / "report.md")[2:]
+    assert [row[0] for row in rows] == ["Normal ELBO", "MultivariateNormal ELBO", "run"]
+    (entry,) = yaml.safe_load((run / "evaluation.yaml").read_text())
+    alone = pg.evaluate(loaded(run), pg.data.load("digits").test[:20], particles=4)
+    assert entry["log_likelihood"] == alone.log_likelihood and entry["observations"] == 20
+    assert f"−{-alone.log_likelihood:.2f}" in rows[-1][1]
+    assert before.items() <= contents(run).items()
+
+
+def test_report_takes_what_evaluate_noted_on_the_same_rows(run, tmp_path, monkeypatch, no_pictures):
+    for particles in ("3", "5"):
+        assert main(["evaluate", str(run), "--particles", particles, "--rows", "30"]) == 0
+    counted = []
+    evaluate = commands.evaluate
+
+    def counting(fitted, x, **options):
+        counted.append(len(x))
+        return evaluate(fitted, x, **options)
+
+    monkeypatch.setattr(commands, "evaluate", counting)
+    assert main(["report", str(run), "--rows", "30", "--out", "same"]) == 0
+    assert counted == [] and "from 5 particles" in Path("same/report.md").read_text(encoding="utf-8")
+    options = ["--particles", "3", "--split", "validation", "--rows", "30"]
+    assert main(["report", str(run), *options, "--out", "other"]) == 0
+    assert counted == [30] and "on 30 validation rows" in Path("other/report.md").read_text(encoding="utf-8")
+
+
+def test_a_report_is_replaced_only_when_asked(run, capsys, no_pictures):
+    small = ["--rows", "20", "--particles", "3"]
+    assert main(["report", str(run), *small]) == 0
+    before = contents(run)
+    assert main(["report", str(run), *small]) == 2
+    assert "report.html exists" in one_line(capsys)
+    assert contents(run) == before
+    assert main(["report", str(run), *small, "--overwrite"]) == 0
+    assert contents(run).keys() == before.keys()
+
+
+def test_report_refuses_fits_of_different_data(run, tmp_path, capsys, no_pictures):
+    assert main(["fit", *SMALL, "--binarize", "null", "--out", "gray"]) == 0
+    before = contents(tmp_path)
+    assert main(["report", str(run), "gray", "--rows", "20"]) == 2
+    assert "can't stand in one table" in one_line(capsys)
+    assert contents(tmp_path) == before
+
+
+def test_report_leaves_folders_of_others_alone(run, tmp_path, capsys, no_pictures):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    for out in ("mine", "mine/notes.txt"):
+        for extra in ([], ["--overwrite"]):
+            assert main(["report", str(run), "--rows", "20", "--out", out, *extra]) == 2
+            assert out in one_line(capsys)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("table.csv", "guide,elbo\nNormal ELBO,1\n"),
+        ("table.csv", ""),
+        ("compare.yaml", "a: [1\n"),
+        ("normal-elbo/evaluation.yaml", "a: 1\n"),
+        ("normal-elbo/evaluation.yaml", "- a\n"),
+    ],
+)
+def test_report_of_damaged_files(comparison, tmp_path, name, text, capsys, no_pictures):
+    folder = copied(comparison, tmp_path / "copy")
+    (folder / name).write_text(text)
+    before = contents(folder)
+    assert main(["report", str(folder), "--overwrite"]) == 2
+    assert Path(name).name in one_line(capsys)
+    assert contents(folder) == before
+
+
+def test_report_passes_over_a_fit_that_is_not_complete(comparison, tmp_path, no_pictures):
+    folder = copied(comparison, tmp_path / "copy")
+    (folder / "normal-elbo" / "weights.safetensors").unlink()
+    assert main(["report", str(folder), "--out", "page"]) == 0
+    assert [row[0] for row in cells_of(tmp_path / "page" / "report.md")[2:]] == ["MultivariateNormal ELBO"]
+    (folder / "multivariatenormal-elbo" / "weights.safetensors").unlink()
+    assert main(["report", str(folder), "--out", "none"]) == 2
+
+
+def test_report_of_two_comparisons_names_fits_apart(comparison, tmp_path, no_pictures):
+    folder = copied(comparison, tmp_path / "copy")
+    assert main(["report", str(comparison), str(folder), "--out", "page"]) == 0
+    names = [row[0] for row in cells_of(tmp_path / "page" / "report.md")[2:]]
+    assert len(set(names)) == 4 and "copy/Normal ELBO" in names
+
+
 def test_samples_as_numbers(run, tmp_path):
     assert main(["sample", str(run), "--n", "7", "--out", "new.npz", "--seed", "3"]) == 0
     drawn = np.load(tmp_path / "new.npz")["samples"]
@@ -322,6 +459,9 @@ def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
         (["compare", "--guides", "Normal", "Normal"], "there twice"),
         (["evaluate", "nowhere"], "holds no run"),
         (["sample", "nowhere"], "holds no run"),
+        (["report", "nowhere"], "holds neither a fit nor a comparison"),
+        (["report"], "runs"),
+        (["report", "a", "b", "--rows", "3", "--out", "../.."], "holds no run or report"),
         (["evaluate"], "run"),
         (["compute"], "invalid choice: 'compute'"),
         ([], "subcommand"),
@@ -454,6 +594,7 @@ def test_threads_are_few_for_small_data_and_given_back(monkeypatch):
         ("fit", ["--family", "--objective", "--model", "--root", "--epochs", "--overwrite", "--device", "--precision"]),
         ("evaluate", ["run", "--particles", "--trust", "--data", "--root"]),
         ("sample", ["run", "--n", "--out", "--mean", "--trust"]),
+        ("report", ["RUN...", "--out", "--data", "--root", "--split", "--rows", "--seed", "--trust", "--overwrite"]),
     ],
 )
 def test_help(command, options, capsys):

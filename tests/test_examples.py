@@ -33,6 +33,7 @@ PRINTED = {
     ],
     "posterior_with_arviz": ["hdi_3%", "eta[0, 7]", "flow, weighted", "Pareto k", "exact"],
     "implicit_guide": ["normal, ELBO", "implicit, AVB", "rate, held out", "no model is better than -1.386"],
+    "prior_afterwards": ["autoencoder, N(0, I)", "VAE, mixture of ten", "reconstructions", "coverage"],
     "constrained_and_global": ["exact mean", "exact sd", "rate, counts ["],
 }
 

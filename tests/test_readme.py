@@ -24,6 +24,7 @@ QUICK_OPTIONS = {
     "fit": ["--epochs", "1", "--batch_size", "512"],
     "evaluate": ["--particles", "10"],
     "sample": [],
+    "report": ["--rows", "20"],
 }
 
 

@@ -1,27 +1,22 @@
-"""The evaluation of a run: a handful of figures that do not depend on what was optimised."""
+"""The evaluation of a run: figures that do not depend on what was optimised."""
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyrogen.data import Data
-from pyrogen.evaluation.critics import critic_estimates
-from pyrogen.evaluation.explicit import explicit_guide
-from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
-from pyrogen.evaluation.likelihood import importance_sampling
-from pyrogen.evaluation.rates import rate_distortion
+from pyrogen.evaluation.parts import DEFAULT, PARTS, Subject, known_parts
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
-from pyrogen.evaluation.units import active_units
-from pyrogen.inference.contrasts import LatentContrast
 from pyrogen.inference.run import Run
 
 __all__ = ["Evaluation", "evaluate"]
+
+NAN = math.nan
 
 
 @dataclass(frozen=True)
@@ -29,26 +24,30 @@ class Evaluation:
     """What :func:`evaluate` found; figures are means over the observations, in nats unless said.
 
     A figure that is not defined, such as a rate with a point mass for a posterior, is NaN, and a count None. So is one
-    that is not known, such as the rate of an implicit guide. What critics report has ``estimate`` in its name, and is
-    no bound on anything.
+    that is not known, such as the rate of an implicit guide, and one of a part that was not asked for. What critics
+    report has ``estimate`` in its name, and is no bound on anything.
 
     Attributes:
         observations: How many there are.
+        latent_units: How many latent units there are.
+        particles: How many draws for each observation the log-likelihood rests on.
+        seconds: Time taken.
+        seconds_of: Time taken by each part.
+        reasons: Why figures are not defined, by part.
         elbo: The evidence lower bound, −(rate + distortion).
         rate: KL(q(z|x) ‖ p(z)).
         distortion: −E log p(x|z).
+        active_units: How many latent units are active.
         log_likelihood: By importance sampling, with the guide or with ``explicit_guide``.
         log_likelihood_error: Standard error of that mean, from the spread between observations; NaN for one.
         monte_carlo_error: Standard error of that mean, from the finite number of particles alone.
         effective_sample_size: The median over observations of what the particles are worth in equally weighted draws.
         bits_per_dimension: −log-likelihood / (D log 2), where the one observed site has discrete values (bits, levels);
             None elsewhere, for a density has no such scale.
-        active_units: How many latent units are active.
-        latent_units: How many there are.
-        particles: How many draws for each observation the log-likelihood rests on.
-        seconds: Time taken.
         explicit_guide: What the log-likelihood rests on in place of a guide with implicit sites: the family of a guide
             that was fitted afterwards to the frozen model; None where the guide itself served.
+        pareto_k: The median of k̂ over up to 1000 observations, for the guide of the log-likelihood.
+        pareto_k_untrusted: The share of these with k̂ above 0.7.
         rate_estimate: The rate according to the critics of the training.
         held_out_rate_estimate: The rate of an implicit guide or prior according to critics fitted afterwards, see
             :func:`held_out_rate_estimate <pyrogen.evaluation.held_out_rate_estimate>`.
@@ -57,91 +56,250 @@ class Evaluation:
         marginal_kl_estimate: KL(q(z) ‖ p(z)) according to the critic of a training that matched the marginals.
         held_out_marginal_kl_estimate, held_out_marginal_kl_estimate_shown: The same by a critic fitted afterwards to
             half of the observations and averaged over a quarter that it has not seen.
-        not_known: Why log-likelihood, rate or distortion are NaN; None where they are not.
+        mutual_information, marginal_kl: The rate in two parts, with their standard errors, see :func:`marginal_kl
+            <pyrogen.evaluation.marginal_kl>`.
+        aggregated_observations: Of how many of the first observations q(z) is the mixture there: all up to 10 000, or
+            1000 for a guide such as a flow, whose densities take a pass of a network for every pair.
+        total_correlation, dimension_wise_kl: The marginal divergence in two parts.
+        prior_holes: The share of the prior's mass where there is hardly any of q(z), with its standard error; equal
+            laws give ``prior_holes_level``.
+        mmd, mmd_p_value: Squared maximum mean discrepancy between q(z) and p(z), and how likely as large a one is
+            between equal laws.
+        precision, recall, density, coverage: Of as many samples as observations, see :func:`precision_recall
+            <pyrogen.evaluation.precision_recall>`.
+        frechet_distance, kernel_distance: Between the features of samples and observations, the second with its
+            standard deviation over subsets.
+        inception_score, sample_diversity, data_diversity: By a classifier of the data.
+        data_copying: A z-score, far below 0 where samples are copies of the training data.
+        sample_size: How many samples these rest on.
+        sbc_p_value, tarp_p_value: Of simulation-based calibration and of TARP: how likely ranks as uneven are with an
+            exact posterior.
+        approximation_gap, amortization_gap: What family and encoder lose of the bound, means over the first
+            ``gap_observations``.
+        annealed_log_likelihood: By annealed importance sampling, of the first ``annealed_observations``, with the
+            standard error from the number of chains, and ``annealing_gap``, between the bounds of bidirectional Monte
+            Carlo on as many simulated observations.
+        wasserstein: The distance between samples and observations according to a Wasserstein critic fitted afterwards,
+            with its standard error.
+        c2st, sliced_wasserstein: Between draws from the guide and by NUTS, means over the first
+            ``reference_observations``; 0.5 is the accuracy of a classifier that can't tell them apart.
+        reference_r_hat: The largest R̂ of these NUTS draws.
     """
 
     observations: int
-    elbo: float
-    rate: float
-    distortion: float
-    log_likelihood: float
-    log_likelihood_error: float
-    monte_carlo_error: float
-    effective_sample_size: float
-    bits_per_dimension: float | None
-    active_units: int | None
     latent_units: int
     particles: int
     seconds: float
+    seconds_of: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    elbo: float = NAN
+    rate: float = NAN
+    distortion: float = NAN
+    active_units: int | None = None
+    log_likelihood: float = NAN
+    log_likelihood_error: float = NAN
+    monte_carlo_error: float = NAN
+    effective_sample_size: float = NAN
+    bits_per_dimension: float | None = None
     explicit_guide: str | None = None
-    rate_estimate: float = math.nan
-    held_out_rate_estimate: float = math.nan
+    pareto_k: float = NAN
+    pareto_k_untrusted: float = NAN
+    rate_estimate: float = NAN
+    held_out_rate_estimate: float = NAN
     held_out_rate_estimate_shown: str | None = None
-    marginal_kl_estimate: float = math.nan
-    held_out_marginal_kl_estimate: float = math.nan
+    marginal_kl_estimate: float = NAN
+    held_out_marginal_kl_estimate: float = NAN
     held_out_marginal_kl_estimate_shown: str | None = None
-    not_known: str | None = None
+    aggregated_observations: int | None = None
+    mutual_information: float = NAN
+    mutual_information_error: float = NAN
+    marginal_kl: float = NAN
+    marginal_kl_error: float = NAN
+    total_correlation: float = NAN
+    total_correlation_error: float = NAN
+    dimension_wise_kl: float = NAN
+    prior_holes: float = NAN
+    prior_holes_error: float = NAN
+    prior_holes_level: float = NAN
+    mmd: float = NAN
+    mmd_p_value: float = NAN
+    precision: float = NAN
+    recall: float = NAN
+    density: float = NAN
+    coverage: float = NAN
+    frechet_distance: float = NAN
+    kernel_distance: float = NAN
+    kernel_distance_deviation: float = NAN
+    inception_score: float = NAN
+    sample_diversity: float = NAN
+    sample_diversity_error: float = NAN
+    data_diversity: float = NAN
+    data_copying: float = NAN
+    sample_size: int | None = None
+    sbc_p_value: float = NAN
+    tarp_p_value: float = NAN
+    approximation_gap: float = NAN
+    amortization_gap: float = NAN
+    gap_observations: int | None = None
+    annealed_log_likelihood: float = NAN
+    annealed_log_likelihood_error: float = NAN
+    annealing_gap: float = NAN
+    annealed_observations: int | None = None
+    wasserstein: float = NAN
+    wasserstein_error: float = NAN
+    c2st: float = NAN
+    sliced_wasserstein: float = NAN
+    reference_r_hat: float = NAN
+    reference_observations: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures by name, for a row of a table."""
-        return dataclasses.asdict(self)
+        figures = dataclasses.asdict(self)
+        for name in ("seconds_of", "reasons"):
+            del figures[name]
+        return figures
 
     def __str__(self) -> str:
-        lines: list[tuple[str, float | str, str]] = [
-            ("log-likelihood", self.log_likelihood, f"nats {self._errors()}".rstrip()),
-            ("ELBO", self.elbo, "nats"),
-            ("rate", self.rate, "nats"),
-            ("distortion", self.distortion, "nats"),
-        ]
-        if self.bits_per_dimension is not None:
-            lines.append(("bits per dimension", self.bits_per_dimension, "bits"))
-        lines += self._estimates()
-        ess = self.effective_sample_size
-        lines.append(("effective sample size", ess, f"of {self.particles} particles (median)"))
-        width = max(len(name) for name, _, _ in lines)
-        rows = [f"{name:<{width}}  {_figure(value):>12}  {unit}".rstrip() for name, value, unit in lines]
-        count = "not defined" if self.active_units is None else str(self.active_units)
-        rows.append(f"{'active units':<{width}}  {count:>12}  of {self.latent_units}")
-        heading = f"Evaluation on {self.observations} observations, {self.seconds:.1f} s; means per observation"
-        notes = []
+        longest = max(self.seconds_of, key=self.seconds_of.__getitem__, default=None)
+        most = "" if longest is None else f", most of it for {longest} ({self.seconds_of[longest]:.1f} s)"
+        heading = f"Evaluation on {self.observations} observations, {self.seconds:.1f} s{most}; means per observation"
         if self.explicit_guide is not None:
-            notes.append(f"log-likelihood with an explicit guide ({self.explicit_guide}) fitted to the frozen model")
-        if self.not_known is not None:
-            notes.append(self.not_known)
-        return "\n".join([heading, *notes, *rows])
+            heading += f"\nlog-likelihood with an explicit guide ({self.explicit_guide}) fitted to the frozen model"
+        lines = [heading]
+        width = max(len(line.label) for each in _SHOWN.values() for line in each)
+        for part in self.seconds_of:
+            shown = [line for line in _SHOWN[part] if self._has(line)]
+            lines += ["", *(line.text(self, width) for line in shown)] if shown else []
+            if part in self.reasons:
+                lines += [] if shown else [""]
+                lines.append(f"  {part}: {self.reasons[part]}")
+        return "\n".join(lines)
 
-    def _estimates(self) -> list[tuple[str, float | str, str]]:
-        """The lines of what critics report, of those that there are."""
-        found: list[tuple[str, float | str, str]] = []
-        for name, training, held_out in (
-            ("rate", self.rate_estimate, self.held_out_rate_estimate_shown),
-            ("marginal KL", self.marginal_kl_estimate, self.held_out_marginal_kl_estimate_shown),
-        ):
-            if not math.isnan(training):
-                found.append((f"{name}, estimate", training, "nats, by the critics of the training"))
-            if held_out is not None:
-                found.append((f"{name}, held-out estimate", held_out, "nats, by critics fitted afterwards"))
-        return found
-
-    def _errors(self) -> str:
-        if math.isnan(self.log_likelihood):
-            return ""
-        data, draws = self.log_likelihood_error, self.monte_carlo_error
-        parts = [f"± {error:.3f} ({of})" for error, of in ((data, "data"), (draws, "particles")) if error == error]
-        return ", ".join(parts)
+    def _has(self, line: "_Line") -> bool:
+        value = getattr(self, line.name)
+        return not (line.optional and (value is None or value != value))
 
 
-def _figure(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return "not defined" if math.isnan(value) else f"{value:.3f}"
+@dataclass(frozen=True)
+class _Line:
+    """A printed figure: its field, what it is called, its unit, in which ``{...}`` are other fields, and its error."""
+
+    name: str
+    label: str
+    unit: str = ""
+    error: str | None = None
+    optional: bool = True
+
+    def text(self, found: Evaluation, width: int) -> str:
+        value = getattr(found, self.name)
+        figure = value if isinstance(value, str) else _figure(value)
+        error = "" if self.error is None else getattr(found, self.error)
+        unit = self.unit.format(**vars(found))
+        if self.name == "log_likelihood":
+            unit = f"{unit} {_errors(found)}"
+        elif self.error is not None and error == error:
+            what, comma, more = unit.partition(",")
+            unit = f"{what} ± {error:.3f}{comma}{more}"
+        return f"{self.label:<{width}}  {figure:>12}  {unit}".rstrip()
+
+
+def _figure(value: float | int | None) -> str:
+    if value is None or value != value:
+        return "not defined"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _errors(found: Evaluation) -> str:
+    if math.isnan(found.log_likelihood):
+        return ""
+    data, draws = found.log_likelihood_error, found.monte_carlo_error
+    return ", ".join(f"± {error:.3f} ({of})" for error, of in ((data, "data"), (draws, "particles")) if error == error)
+
+
+_SHOWN: dict[str, tuple[_Line, ...]] = {
+    "likelihood": (
+        _Line("log_likelihood", "log-likelihood", "nats", optional=False),
+        _Line("bits_per_dimension", "bits per dimension", "bits"),
+        _Line("effective_sample_size", "effective sample size", "of {particles} particles (median)", optional=False),
+        _Line("pareto_k", "Pareto k", "(median), above 0.7 for {pareto_k_untrusted:.0%} of observations"),
+    ),
+    "bound": (
+        _Line("elbo", "ELBO", "nats", optional=False),
+        _Line("rate", "rate", "nats", optional=False),
+        _Line("distortion", "distortion", "nats", optional=False),
+        _Line("active_units", "active units", "of {latent_units}", optional=False),
+    ),
+    "critics": (
+        _Line("rate_estimate", "rate, estimate", "nats, by the critics of the training"),
+        _Line("held_out_rate_estimate_shown", "rate, held-out estimate", "nats, by critics fitted afterwards"),
+        _Line("marginal_kl_estimate", "marginal KL, estimate", "nats, by the critics of the training"),
+        _Line(
+            "held_out_marginal_kl_estimate_shown",
+            "marginal KL, held-out estimate",
+            "nats, by critics fitted afterwards",
+        ),
+    ),
+    "aggregate": (
+        _Line(
+            "mutual_information",
+            "mutual information",
+            "nats, of {aggregated_observations} observations",
+            "mutual_information_error",
+        ),
+        _Line("marginal_kl", "marginal KL", "nats", "marginal_kl_error"),
+        _Line("total_correlation", "total correlation", "nats, of that", "total_correlation_error"),
+        _Line("dimension_wise_kl", "dimension-wise KL", "nats, of that"),
+        _Line("prior_holes", "prior holes", "of the prior, {prior_holes_level} without any", "prior_holes_error"),
+        _Line("mmd_p_value", "q(z) = p(z)", "(p-value; MMD² {mmd:.4f})"),
+    ),
+    "samples": (
+        _Line("precision", "precision", "of {sample_size} samples"),
+        _Line("recall", "recall"),
+        _Line("density", "density"),
+        _Line("coverage", "coverage"),
+        _Line("frechet_distance", "Fréchet distance", "(FID) of {sample_size} samples"),
+        _Line("kernel_distance", "kernel distance", "(KID)", "kernel_distance_deviation"),
+        _Line("inception_score", "Inception Score"),
+        _Line("sample_diversity", "diversity", "(1 − MS-SSIM)", "sample_diversity_error"),
+        _Line("data_diversity", "diversity of the data"),
+        _Line("data_copying", "data copying", "z-score; far below 0 for copies"),
+    ),
+    "calibration": (
+        _Line("sbc_p_value", "simulation-based calibration", "p-value"),
+        _Line("tarp_p_value", "TARP", "p-value"),
+    ),
+    "gap": (
+        _Line("approximation_gap", "approximation gap", "nats, of {gap_observations} observations"),
+        _Line("amortization_gap", "amortization gap", "nats"),
+    ),
+    "annealing": (
+        _Line(
+            "annealed_log_likelihood",
+            "log-likelihood, annealed",
+            "nats, of {annealed_observations} observations",
+            "annealed_log_likelihood_error",
+        ),
+        _Line("annealing_gap", "gap of both bounds", "nats, on simulated observations"),
+    ),
+    "wasserstein": (_Line("wasserstein", "Wasserstein distance", "by a critic", "wasserstein_error"),),
+    "reference": (
+        _Line(
+            "c2st", "C2ST against NUTS", "accuracy, of {reference_observations} observations; R̂ {reference_r_hat:.2f}"
+        ),
+        _Line("sliced_wasserstein", "sliced Wasserstein against NUTS"),
+    ),
+}
+"""What is printed of each part."""
 
 
 def evaluate(
     run: Run,
     x: Data | Tensor | Sequence[Tensor],
     *,
+    parts: Sequence[str] | str = DEFAULT,
     particles: int = 1000,
+    features: Callable | None = None,
+    training: Tensor | None = None,
     explicit_steps: int = 300,
     ratio_steps: int = 500,
     seed: int = 0,
@@ -156,8 +314,26 @@ def evaluate(
     .. math:: \text{ELBO} = -\text{rate} - \text{distortion} \le \log p(x)
         \approx \log \frac{1}{K} \sum_{k=1}^{K} \frac{p(x, z_k)}{q(z_k \mid x)}
 
-    With a guide that is a point mass at a latent site, rate, bound and log-likelihood are not defined; without a guide
-    nothing is, unless the model has no latent sites. Such figures are NaN and shown as "not defined".
+    =============== ===================================================================================================
+    part            figures
+    =============== ===================================================================================================
+    ``bound``       ELBO, rate, distortion, active units
+    ``likelihood``  log-likelihood with its errors, effective sample size, Pareto k̂, bits per dimension
+    ``critics``     what critics say of the rate and the marginal divergence where no exact figure stands
+    ``aggregate``   how far q(z) is from p(z): mutual information, marginal KL and its parts, holes, MMD
+    ``samples``     how far samples are from x: precision, recall, density, coverage, FID, KID; with a classifier
+                    Inception Score and diversity; with training data a test for copies of them
+    ``calibration`` simulation-based calibration and TARP
+    ``gap``         the inference gap of the first 64 observations, in two parts
+    ``annealing``   the log-likelihood of the first 64 without a guide, and how tight that is
+    ``wasserstein`` the distance of samples to x by a critic fitted afterwards
+    ``reference``   C2ST and sliced Wasserstein distance to draws by NUTS, for the first four observations
+    =============== ===================================================================================================
+
+    The first six, which take seconds on small data, are made by default; the functions of the same names in
+    :mod:`pyrogen.evaluation` say more and have options. With a guide that is a point mass at a latent site, rate, bound
+    and log-likelihood are not defined; without a guide nothing is that needs one, unless the model has no latent sites.
+    Such figures are NaN and shown as "not defined", with the reason.
 
     With a guide that has implicit sites the log-likelihood comes from an explicit guide, fitted here to the frozen
     model and to these observations (:func:`explicit_guide <pyrogen.evaluation.explicit_guide>`), which is legitimate: a
@@ -170,7 +346,11 @@ def evaluate(
         run: What :func:`pyrogen.fit` returned.
         x: Observations ``(B, *event_shape)``; a tuple of tensors that the programs take; or what
             :func:`pyrogen.data.load` returned, of which the test split is used.
+        parts: Which of the parts, by name; ``"all"`` for all.
         particles: Number K of draws for each observation.
+        features: A network from observations to vectors ``(B, F)`` in whose space samples are compared, such as a
+            :func:`feature_classifier <pyrogen.evaluation.feature_classifier>` of the data; by default their values.
+        training: The observations that the run was trained on, to see whether samples are copies of them.
         explicit_steps: Steps in which an explicit guide is fitted where the run's has implicit sites; 0 leaves the
             log-likelihood out.
         ratio_steps: Steps in which critics are fitted for held-out estimates, and as many for each of two or three
@@ -183,7 +363,8 @@ def evaluate(
 
     Raises:
         TypeError: If ``x`` is none of these.
-        ValueError: If x is empty, holds NaN or infinity, or has another shape or other values than the model observes.
+        ValueError: If a part is not known, x is empty, holds NaN or infinity, or has another shape or other values than
+            the model observes.
 
     Example:
         >>> import pyrogen as pg
@@ -192,95 +373,34 @@ def evaluate(
         >>> model = pg.models.LatentVariableModel(StandardNormal(2), Bernoulli(pg.networks.MLP(2, data.event_shape)))
         >>> guide = pg.inference.AmortizedGuide(model, pg.networks.MLP(data.event_shape, 32))
         >>> run = pg.fit(model, guide, pg.inference.ELBO(), data, epochs=1, progress=False)
-        >>> evaluation = evaluate(run, data.test[:20], particles=10)
+        >>> evaluation = evaluate(run, data.test[:20], parts=["bound", "likelihood"], particles=10)
         >>> evaluation.observations, evaluation.latent_units
         (20, 2)
     """
     started = time.perf_counter()
+    chosen = known_parts(parts)
     x = x.test if isinstance(x, Data) else x
-    model, guide, nan = run.model, run.guide, math.nan
-    with prepared(model, guide, x, seed=seed, particles=particles, rows=rows, guided=False) as pair:
-        count, units, dimensions = len(pair.batch[0]), _latent_units(pair), _discrete_dimensions(pair)
-        guided = guide is not None or not pair.latents
     for name, steps in (("explicit_steps", explicit_steps), ("ratio_steps", ratio_steps)):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"{name} must be a whole number, 0 or more, got {steps!r}")
-    rate = distortion = elbo = ll = ll_error = mc_error = ess = nan
-    active = None
-    if guided:
-        split = rate_distortion(model, guide, x, seed=seed, rows=rows)
-        rate, distortion, elbo = (float(v.double().mean()) for v in (split.rate, split.distortion, split.elbo))
-        if count > 1:
-            active = active_units(model, guide, x, seed=seed, rows=rows).count
-    proposal, explicit, why = _proposal(pair, run, x, explicit_steps, seed, rows)
-    if why is None:
-        estimate = importance_sampling(model, proposal, x, particles=particles, seed=seed, rows=rows)
-        values, errors = estimate.log_likelihood.double(), estimate.standard_error.double()
-        ll = float(values.mean())
-        ll_error = float(values.std() / math.sqrt(count)) if count > 1 else nan
-        # Observations that share draws of global sites err together.
-        mc_error = float(errors.mean() if pair.has_global else errors.square().sum().sqrt() / count)
-        ess = float(estimate.effective_sample_size.median())
-    trained = critic_estimates(run, x, seed=seed, rows=rows)
-    held_out = _held_out(pair, run, x, ratio_steps, seed, rows) if guide is not None and ratio_steps else (None, None)
-    rate_found, marginal_found = (_estimate_and_shown(each) for each in held_out)
+    with prepared(run.model, run.guide, x, seed=seed, particles=particles, rows=rows, guided=False) as pair:
+        units = _latent_units(pair)
+    subject = Subject(run, pair, particles, explicit_steps, ratio_steps, features, training, seed, rows)
+    figures: dict[str, Any] = {}
+    seconds = {}
+    for name in chosen:
+        before = time.perf_counter()
+        figures |= subject.defined(name, lambda: PARTS[name](subject)) or {}  # noqa: B023
+        seconds[name] = time.perf_counter() - before
     return Evaluation(
-        observations=count,
-        elbo=elbo,
-        rate=rate,
-        distortion=distortion,
-        log_likelihood=ll,
-        log_likelihood_error=ll_error,
-        monte_carlo_error=mc_error,
-        effective_sample_size=ess,
-        bits_per_dimension=None if dimensions is None else -ll / (dimensions * math.log(2)),
-        active_units=active,
+        observations=len(pair.batch[0]),
         latent_units=units,
         particles=particles,
         seconds=time.perf_counter() - started,
-        explicit_guide=explicit,
-        rate_estimate=trained.rate_estimate,
-        held_out_rate_estimate=rate_found[0],
-        held_out_rate_estimate_shown=rate_found[1],
-        marginal_kl_estimate=trained.marginal_kl_estimate,
-        held_out_marginal_kl_estimate=marginal_found[0],
-        held_out_marginal_kl_estimate_shown=marginal_found[1],
-        not_known=why,
+        seconds_of=seconds,
+        reasons={name: "; ".join(reasons) for name, reasons in subject.reasons.items()},
+        **figures,
     )
-
-
-def _proposal(
-    pair: Prepared, run: Run, x: Any, steps: int, seed: int, rows: int
-) -> tuple[Callable | None, str | None, str | None]:
-    """A guide for importance sampling, its family if it was made for that, and why there is none."""
-    if run.guide is None and pair.latents:
-        return None, None, "there is no guide, so the latents are not known; sample(run) shows what the model makes"
-    if names := [*pair.implicit_prior, *pair.implicit_likelihood]:
-        return None, None, f"the model's distribution at {names} is implicit, so there is no log p(x, z)"
-    if not pair.implicit_guide:
-        masses = pair.local_point_masses
-        return run.guide, None, f"the guide is a point mass at {masses}" if masses else None
-    if not steps:
-        return None, None, f"the guide is implicit at {[*pair.implicit_guide]}, and explicit_steps=0 fits no other"
-    made = explicit_guide(run.model, run.guide, x, steps=steps, seed=seed, rows=rows)  # type: ignore[arg-type]
-    return made, "normal", None
-
-
-def _held_out(
-    pair: Prepared, run: Run, x: Any, steps: int, seed: int, rows: int
-) -> tuple[HeldOutEstimate | None, HeldOutEstimate | None]:
-    """Of rate and marginal divergence, what critics fitted afterwards say, where no exact figure stands."""
-    rate = marginal = None
-    arguments = {"steps": steps, "seed": seed, "rows": rows}
-    if (pair.implicit_guide or pair.implicit_prior) and pair.why_no_rate_estimate() is None:
-        rate = held_out_rate_estimate(run.model, run.guide, x, **arguments)  # type: ignore[arg-type]
-    if any(isinstance(part, LatentContrast) for part in run.objective.critics.values()) and len(pair.batch[0]) > 2:
-        marginal = held_out_marginal_kl_estimate(run.model, run.guide, x, **arguments)  # type: ignore[arg-type]
-    return rate, marginal
-
-
-def _estimate_and_shown(found: HeldOutEstimate | None) -> tuple[float, str | None]:
-    return (math.nan, None) if found is None else (found.estimate, found.shown)
 
 
 def _latent_units(pair: Prepared) -> int:
@@ -290,13 +410,3 @@ def _latent_units(pair: Prepared) -> int:
         for site in pair.latents.values()
         if not site.is_global
     )
-
-
-def _discrete_dimensions(pair: Prepared) -> int | None:
-    """How many values the one observed site has for each observation, if they are discrete."""
-    if len(pair.observed) != 1:
-        return None
-    node = pair.nodes[pair.observed[0]]
-    value: Tensor = torch.as_tensor(node["value"])
-    # The prototype has as many rows as fit in two, all of them in the plate "data".
-    return value.numel() // min(2, len(pair.batch[0])) if node["fn"].support.is_discrete else None

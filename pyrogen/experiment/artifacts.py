@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder beside the fits: the table, the figures, and the posteriors for ArviZ."""
+"""What a comparison leaves in its folder beside the fits: table, figures, report, and the posteriors for ArviZ."""
 
 import logging
 from collections.abc import Mapping
@@ -11,10 +11,12 @@ import xarray
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyrogen.data import Data, as_float
+from pyrogen.data import as_float
 from pyrogen.evaluation import posterior_samples, reconstruct, sample, to_arviz
 from pyrogen.evaluation.inference_data import assemble
 from pyrogen.experiment import figures
+from pyrogen.experiment.report import write_report
+from pyrogen.experiment.report_blocks import labels_of
 from pyrogen.experiment.table import Comparison
 from pyrogen.inference import Run
 from pyrogen.inference.checkpoints import atomically
@@ -28,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def write_artifacts(folder: Path, table: Comparison, rows: tuple[Tensor, ...], data: Any, seed: int) -> None:
-    """Write ``table.csv``, ``figures/`` and ``posteriors.nc``.
+    """Write ``table.csv``, ``figures/``, ``posteriors.nc``, ``report.html`` and ``report.md``.
 
     Args:
         folder: The comparison's folder.
@@ -43,6 +45,7 @@ def write_artifacts(folder: Path, table: Comparison, rows: tuple[Tensor, ...], d
     guided = _with_guide(table.runs)
     if guided:
         write_posteriors(folder / "posteriors.nc", guided, tuple(x[:POSTERIOR_ROWS] for x in rows), seed)
+    write_report(folder, table, rows, data, seed)
 
 
 def _with_guide(runs: Mapping[str, Run]) -> dict[str, Run]:
@@ -53,7 +56,7 @@ def write_figures(folder: Path, table: Comparison, rows: tuple[Tensor, ...], dat
     """Draw every figure that the data allow; what can't be drawn is said in the log."""
     runs = table.runs
     x = as_float(rows[0])
-    labels, classes = _labels(data, rows[0])
+    labels, classes = labels_of(data, rows[0])
     images = figures.are_images(x)
     count = _SHOWN if images else _SCATTERED
     shown = (x[:count], *(other[:count] for other in rows[1:]))
@@ -94,13 +97,6 @@ def _each(what: str, runs: Mapping[str, Run], draw: Any) -> dict[str, Tensor] | 
         _log.warning("no figure '%s': %s", what, error)
         return None
     return drawn if all(isinstance(x, Tensor) for x in drawn.values()) else None
-
-
-def _labels(data: Any, x: Tensor) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """The labels of the first rows of the test split, if these are the rows."""
-    if not isinstance(data, Data) or data.test_labels is None or not data.test[: len(x)].equal(x):
-        return None, None
-    return data.test_labels[: len(x)], data.classes
 
 
 def posterior_means(run: Run, rows: tuple[Tensor, ...], *, draws: int = 32, seed: int = 0) -> Tensor:

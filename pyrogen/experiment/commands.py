@@ -1,7 +1,7 @@
-"""What the ``pyrogen`` command does: fit, compare, evaluate a run, sample from one."""
+"""What the ``pyrogen`` command does: fit, compare, evaluate a run, sample from one, report on several."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +13,18 @@ from torchvision.utils import make_grid, save_image
 from pyrogen import data as data_sets
 from pyrogen.configuration import describe
 from pyrogen.data import Data
-from pyrogen.evaluation import evaluate, sample
+from pyrogen.evaluation import Evaluation, evaluate, sample
+from pyrogen.evaluation.parts import DEFAULT
+from pyrogen.evaluation.running import check_counts
+from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations
 from pyrogen.experiment.comparison import CONFIGURATION, compare
 from pyrogen.experiment.figures import are_images
+from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.parts import Part
 from pyrogen.experiment.programs import amortized_guide
-from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective
-from pyrogen.experiment.table import Comparison
+from pyrogen.experiment.report import REPORT, write_report
+from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective, chosen_parts
+from pyrogen.experiment.table import Comparison, row_of
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
@@ -28,10 +33,12 @@ from pyrogen.inference.run import SETTINGS, write_yaml
 __all__ = [
     "EvaluateSettings",
     "OutputSettings",
+    "ReportSettings",
     "SampleSettings",
     "run_compare",
     "run_evaluate",
     "run_fit",
+    "run_report",
     "run_sample",
 ]
 
@@ -71,8 +78,10 @@ class OutputSettings:
 class EvaluateSettings:
     """Evaluate a fitted run on data that it was not trained on.
 
-    Prints log-likelihood, ELBO, rate, distortion and active units, in nats per observation, and adds them to
-    evaluation.yaml in the run's folder.
+    Prints figures in parts, in nats per observation where nothing else is said, and adds them to evaluation.yaml in the
+    run's folder: likelihood, bound, critics, aggregate (is q(z) the prior?), samples (are they like the data?),
+    calibration (is the guide right about the model's own data?), and if asked for gap, annealing, wasserstein and
+    reference (NUTS), which take long.
 
     Args:
         run: The folder that a fit wrote.
@@ -80,6 +89,7 @@ class EvaluateSettings:
         root: The folder that holds the data sets; by default that of the fit.
         split: Which rows: test, validation or train.
         rows: Only the first so many rows; by default all.
+        parts: Which parts, by name, or all.
         particles: Draws for each observation, for the log-likelihood.
         seed: Of the draws.
         trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
@@ -90,6 +100,7 @@ class EvaluateSettings:
     root: str | None = None
     split: Literal["test", "validation", "train"] = "test"
     rows: int | None = None
+    parts: list[str] = field(default_factory=lambda: [*DEFAULT])
     particles: int = 1000
     seed: int = 0
     trust: bool = False
@@ -117,6 +128,60 @@ class SampleSettings:
     seed: int = 0
     overwrite: bool = False
     trust: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Show fitted runs on one page: a table of all, and of each samples, reconstructions, latents and curves.
+
+    Writes report.html, which needs nothing else, and report.md with its pictures in figures/. Figures that a comparison
+    or pyrogen evaluate found on the same rows are taken over; others are computed, and noted as evaluate does.
+
+    Args:
+        runs: Folders that a fit or a comparison wrote; a comparison stands for all its fits.
+        out: The folder for the report; by default that of the one run, or a new one such as runs/report-001.
+        data: The data set; by default the one of the fits.
+        root: The folder that holds the data sets; by default that of the fits.
+        split: Which rows: test, validation or train.
+        rows: Only the first so many rows; by default as many as the comparison used, otherwise all.
+        particles: Draws for each observation, for the log-likelihood of fits that have no figures yet.
+        seed: Of the draws.
+        trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
+        overwrite: Replace a report that is there.
+    """
+
+    runs: list[str]
+    out: str | None = None
+    data: str | None = None
+    root: str | None = None
+    split: Literal["test", "validation", "train"] = "test"
+    rows: int | None = None
+    particles: int = 1000
+    seed: int = 0
+    trust: bool = False
+    overwrite: bool = False
+
+    def folder(self) -> Path:
+        """Where the report goes.
+
+        Raises:
+            OutputExistsError: If a report is there that was not to be replaced, or what no run or report left.
+        """
+        if self.out is not None:
+            folder = Path(self.out)
+        elif len(self.runs) == 1:
+            folder = Path(self.runs[0])
+        else:
+            return next(p for n in range(1, 10_000) if not (p := Path("runs") / f"report-{n:03d}").exists())
+        if folder.exists() and not folder.is_dir():
+            raise OutputExistsError(f"{folder} is a file; give the path of a folder with --out")
+        there = [name for name in REPORT if (folder / name).exists()]
+        if there and not self.overwrite:
+            raise OutputExistsError(f"{folder / there[0]} exists; give another folder with --out, or --overwrite it")
+        of_ours = there or any((folder / name).is_file() for name in (SETTINGS, CONFIGURATION))
+        if folder.exists() and any(folder.iterdir()) and not of_ours:
+            raise OutputExistsError(f"{folder} holds no run or report of pyrogen's; give another folder with --out")
+        return folder
 
 
 def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
@@ -164,6 +229,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
             encoder=lambda: settings.build_encoder(data),
             data=data,
             test=data.test[: settings.test_rows],
+            parts=chosen_parts(settings.parts),
             particles=settings.particles,
             skip_unserved=True,
             out=folder,
@@ -184,11 +250,11 @@ def _load(folder: str, trust: bool) -> Run:
     return load(path, trust=trust)
 
 
-def _data_of(run: Run, settings: EvaluateSettings) -> Data:
+def _data_of(run: Run, folder: str | Path, settings: EvaluateSettings | ReportSettings) -> Data:
     if settings.data is not None:
         return data_sets.load(settings.data, root=settings.root)
     if not run.data:
-        raise ValueError(f"{settings.run} was not fitted to a data set with a name; give one with --data")
+        raise ValueError(f"{folder} was not fitted to a data set with a name; give one with --data")
     root = {} if settings.root is None else {"root": settings.root}
     return data_sets.load(**(run.data | root))
 
@@ -196,26 +262,29 @@ def _data_of(run: Run, settings: EvaluateSettings) -> Data:
 def run_evaluate(settings: EvaluateSettings) -> str:
     """Evaluate a run; returns what to print."""
     run = _load(settings.run, settings.trust)
-    data = _data_of(run, settings)
+    data = _data_of(run, settings.run, settings)
     rows = getattr(data, settings.split)[: settings.rows]
-    evaluation = evaluate(run, rows, particles=settings.particles, seed=settings.seed)
-    _note_evaluation(
-        Path(settings.run) / "evaluation.yaml",
-        {"data": data.source or data.name, "split": settings.split, "seed": settings.seed} | evaluation.to_dict(),
-    )
+    parts = chosen_parts(settings.parts)
+    space = compared_in(data, parts, settings.seed)
+    evaluation = evaluate(run, rows, parts=parts, particles=settings.particles, seed=settings.seed, **space)
+    _note_evaluation(Path(settings.run), data, settings, evaluation)
     return str(evaluation)
 
 
-def _note_evaluation(path: Path, entry: dict[str, Any]) -> None:
-    """Add an evaluation to the list in a file; the same one made again takes its place."""
-    try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
-        settings = ("data", "split", "seed", "particles", "observations")
-        others = [other for other in known if any(other[key] != entry[key] for key in settings)]
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no list of evaluations ({error}); move it away") from error
+def _note_evaluation(
+    folder: Path, data: Data, settings: EvaluateSettings | ReportSettings, evaluation: Evaluation
+) -> dict[str, Any]:
+    """Add an evaluation to the list in a run's folder, with what its other parts had found before; return it."""
+    path = folder / EVALUATIONS
+    entry = {"data": data.source or data.name, "split": settings.split, "seed": settings.seed} | evaluation.to_dict()
+    keys = ("data", "split", "seed", "particles", "observations")
+    known = read_evaluations(path)
+    others = [other for other in known if any(other[key] != entry[key] for key in keys)]
+    for same in (other for other in known if other not in others):
+        entry = same | {name: value for name, value in entry.items() if value is not None and value == value}
     with atomically(path) as temporary:
         temporary.write_text(yaml.safe_dump([*others, entry], sort_keys=False), encoding="utf-8")
+    return entry
 
 
 def run_sample(settings: SampleSettings) -> Path:
@@ -237,3 +306,47 @@ def run_sample(settings: SampleSettings) -> Path:
             with open(temporary, "wb") as file:
                 np.savez(file, **{name: x.cpu().numpy() for name, x in arrays.items()})  # type: ignore[arg-type]
     return path
+
+
+def run_report(settings: ReportSettings) -> Path:
+    """Report on runs; returns the page."""
+    folder = settings.folder()
+    fits = collect(settings.runs, trust=settings.trust)
+    data = _data_of_all(fits, settings)
+    whole = getattr(data, settings.split)
+    rows = whole[: _count(fits, settings, len(whole))]
+    known = {each.name: each.known(data, settings.split, len(rows)) for each in fits}
+    space = compared_in(data, DEFAULT, settings.seed) if None in known.values() else {}
+    figures = []
+    for each in fits:
+        entry = known[each.name]
+        if entry is None:
+            evaluation = evaluate(each.run, rows, particles=settings.particles, seed=settings.seed, **space)
+            entry = _note_evaluation(each.folder, data, settings, evaluation)
+        figures.append(row_of(each.run, entry))
+    of_split = {"train": "training"}.get(settings.split, settings.split)
+    table = Comparison.of(figures, {each.name: each.run for each in fits}, f"{of_split} rows")
+    return write_report(folder, table, (rows,), data, settings.seed)
+
+
+def _data_of_all(fits: list[Fitted], settings: ReportSettings) -> Data:
+    """The one data set of several fits."""
+
+    first = fits[0]
+    sources = [{k: v for k, v in (each.run.data or {}).items() if k != "root"} for each in fits]
+    for each, source in zip(fits, sources, strict=True):
+        if settings.data is None and source != sources[0]:
+            raise ValueError(
+                f"'{first.name}' was fitted to {sources[0]} and '{each.name}' to {source}, so their figures can't "
+                "stand in one table; report on them one by one, or name the data for all with --data"
+            )
+    return _data_of(first.run, first.folder, settings)
+
+
+def _count(fits: list[Fitted], settings: ReportSettings, most: int) -> int:
+    """How many rows: those asked for, else as many as the comparisons used, if they agree."""
+    if settings.rows is not None:
+        check_counts(rows=settings.rows)
+        return min(settings.rows, most)
+    used = {each.row["observations"] for each in fits if each.row is not None and each.from_settings}
+    return min(used.pop(), most) if len(used) == 1 and settings.split == "test" else most

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +22,11 @@ from pyrogen.configuration import describe
 from pyrogen.data import Data
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.evaluation import evaluate
+from pyrogen.evaluation.parts import DEFAULT, known_parts
 from pyrogen.experiment.artifacts import write_artifacts
+from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.programs import amortized_guide, independent_copy
-from pyrogen.experiment.table import Comparison
+from pyrogen.experiment.table import Comparison, row_of, slug
 from pyrogen.inference import AmortizedGuide, CriticOptions, FitOptions, NonFiniteLoss, Objective, Run, fit
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically
@@ -56,6 +57,7 @@ def compare(
     precision: str = "32-true",
     critic: CriticOptions | None = None,
     average: float | None = None,
+    parts: Sequence[str] | str = DEFAULT,
     particles: int = 1000,
     skip_unserved: bool = False,
     out: str | Path | None = None,
@@ -81,11 +83,14 @@ def compare(
             otherwise the training data, which the table then says.
         epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision, critic, average:
             As for :func:`pyrogen.fit`.
+        parts: Which parts of :func:`pyrogen.evaluate`; ``"all"`` for all. Samples of labelled images are compared by
+            the features of a classifier that is trained for it.
         particles: Draws for each test row, for the log-likelihood.
         skip_unserved: Leave out, and name under the table, a guide without the density that its objective needs.
-        out: A folder for all there is: ``table.csv``, ``figures/``, ``posteriors.nc`` (every fit's posterior of the
-            first 16 test rows, along the dimension ``fit``; open it with ``arviz.from_netcdf``), ``compare.yaml``, and
-            a run's folder for each fit, which :func:`pyrogen.load` reads.
+        out: A folder for all there is: ``report.html`` and ``report.md``, ``table.csv``, ``figures/``,
+            ``posteriors.nc`` (every fit's posterior of the first 16 test rows, along the dimension ``fit``; open it
+            with ``arviz.from_netcdf``), ``compare.yaml``, and a run's folder for each fit, which :func:`pyrogen.load`
+            reads.
         overwrite: Replace a comparison that is in ``out``.
         resume: Go on with the one in ``out``: complete fits are read, a started one goes on from its checkpoint.
         progress: Show one progress bar with the time left.
@@ -126,21 +131,23 @@ def compare(
         average=average,
     )
     batches, _ = training_and_validation(data, batch_size, seed)
+    known_parts(parts)
     rows, source = _test_rows(data, test)
     fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)
     if configuration is None:
-        configuration = _describe(model, fits, options, data, particles)
+        configuration = _describe(model, fits, options, data, particles, parts)
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
     if folder is not None:
         _write_configuration(folder, configuration, resume=resume, clear=overwrite and not resume)
     work = _Work(fits, options, batches, rows, particles, writes=folder is not None)
     table_rows, runs = [], {}
     with work.bar(progress):
+        space = compared_in(data, parts, seed)
         for each in fits:
             runs[each.name] = _train(each, data, options, folder, resume, work)
-            evaluation = evaluate(runs[each.name], rows, particles=particles, seed=seed)
+            evaluation = evaluate(runs[each.name], rows, parts=parts, particles=particles, seed=seed, **space)
             work.evaluated(each)
-            table_rows.append(_row(runs[each.name], evaluation.to_dict()))
+            table_rows.append(row_of(runs[each.name], evaluation.to_dict()))
         table = Comparison.of(table_rows, runs, source, left_out)
         if folder is not None:
             write_artifacts(folder, table, rows, data, seed)
@@ -192,7 +199,7 @@ def _prepare(
                     raise NoDensityError(f"{name}: {error}") from error
                 left_out[name] = str(error)
                 continue
-        fits.append(_Fit(name, _slug(name), own, guide, copy.copy(objective)))
+        fits.append(_Fit(name, slug(name), own, guide, copy.copy(objective)))
     if not fits:
         raise ValueError(f"no objective serves any of the guides: {'; '.join(left_out.values())}")
     slugs = [each.slug for each in fits]
@@ -207,10 +214,6 @@ def _trial(objective: Objective) -> Objective:
     trial = copy.copy(objective)
     trial.critics = copy.deepcopy(objective.critics)
     return trial
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fit"
 
 
 def _test_rows(data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
@@ -254,13 +257,6 @@ def _train(each: _Fit, data: Any, options: FitOptions, folder: Path | None, resu
             raise NonFiniteLoss(f"{each.name}: {error}") from error
 
 
-def _row(run: Run, figures: dict[str, Any]) -> dict[str, Any]:
-    critics = {id(p) for p in run.objective.critics.parameters()}
-    trained = {id(p): p for p in run.programs.parameters() if p.requires_grad and id(p) not in critics}
-    parameters = sum(p.numel() for p in trained.values())
-    return figures | {"seconds": run.seconds, "parameters": parameters}
-
-
 class _Work:
     """How much is to be done, in seconds guessed from one forward pass of each fit, and a progress bar for it."""
 
@@ -287,7 +283,7 @@ class _Work:
             self.of_step[each.name] = (6 if critical else 3) * seconds
             draws = len(batch[0]) * each.objective.particles
             self.of_evaluation[each.name] = seconds / draws * len(rows[0]) * particles / 2
-        self.writing = 2.0 + len(fits) if writes else 0.0
+        self.writing = 2.0 + 4.0 * len(fits) if writes else 0.0
         self.done = dict.fromkeys(self.names, 0.0)
         self.total = sum(self.of_step.values()) * self.steps + sum(self.of_evaluation.values()) + self.writing
 
@@ -347,7 +343,9 @@ def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
     return best
 
 
-def _describe(model: Callable, fits: list[_Fit], options: FitOptions, data: Any, particles: int) -> dict[str, Any]:
+def _describe(
+    model: Callable, fits: list[_Fit], options: FitOptions, data: Any, particles: int, parts: Sequence[str] | str
+) -> dict[str, Any]:
     """The arguments as plain values; what can't be described is noted."""
 
     def plain(value: Any) -> Any:
@@ -365,6 +363,7 @@ def _describe(model: Callable, fits: list[_Fit], options: FitOptions, data: Any,
         "encoder": next((plain(e.guide.encoder) for e in fits if e.guide), None),
         "options": {name: plain(value) for name, value in vars(options).items()},
         "particles": particles,
+        "parts": known_parts(parts),
     }
 
 

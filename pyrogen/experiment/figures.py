@@ -20,7 +20,18 @@ from torchvision.utils import make_grid
 
 from pyrogen.inference.watch import PREFIX
 
-__all__ = ["are_images", "comparison", "critics", "curves", "latents", "reconstructions", "samples"]
+__all__ = [
+    "are_images",
+    "comparison",
+    "critics",
+    "curves",
+    "latents",
+    "likelihoods",
+    "literal",
+    "picture",
+    "reconstructions",
+    "samples",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CLASS_COLOURS = (
@@ -37,7 +48,12 @@ def are_images(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[-1] > 1 and bool(x.min() >= -0.5) and bool(x.max() <= 1.5)
 
 
-def _picture(images: Tensor, columns: int) -> np.ndarray:
+def literal(name: str) -> str:
+    """A name as Matplotlib shows it, without a meaning to dollars, nor to an underscore in front."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def picture(images: Tensor, columns: int) -> np.ndarray:
     """Images (N, C, H, W) in a grid of so many columns, as Matplotlib shows them, (height, width, 3)."""
     images = images.detach().cpu().float().clamp(0, 1)
     images = images if images.shape[1] in (1, 3) else images[:, :1]
@@ -45,7 +61,7 @@ def _picture(images: Tensor, columns: int) -> np.ndarray:
 
 
 def _show(axes: Axes, images: Tensor, columns: int) -> None:
-    axes.imshow(_picture(images, columns), interpolation="nearest")
+    axes.imshow(picture(images, columns), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -78,7 +94,7 @@ def samples(drawn: Mapping[str, Tensor], data: Tensor, *, columns: int = 8) -> F
         return None
     figure, panels = _panels(len(drawn) + 1, 3.0)
     for axes, (name, x) in zip(panels, {"data": data, **drawn}.items(), strict=True):
-        axes.set_title(name, fontsize=11)
+        axes.set_title(literal(name), fontsize=11)
         if are_images(data):
             _show(axes, x[: columns**2], columns)
         else:
@@ -124,20 +140,27 @@ def _strips(figure: Any, strips: Mapping[str, Tensor], title: str, names: bool =
     for axes, (name, x) in zip(grid, strips.items(), strict=True):
         _show(axes, x[:_STRIP], _STRIP)
         if names:
-            axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+            axes.set_ylabel(literal(name), rotation=0, ha="right", va="center", fontsize=10)
 
 
-def curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
+def curves(histories: Mapping[str, pd.DataFrame], *, narrow: bool = False) -> Figure:
     """Loss and validation of every fit by epoch, in nats per observation.
 
     Args:
         histories: By name of the fit, the history of its run.
+        narrow: For a column of a page, with the legend below and no title.
     """
-    figure = Figure(figsize=(9, 5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(5, 3.6 + 0.1 * len(histories)) if narrow else (9, 5), layout="constrained", dpi=150)
     axes = figure.subplots()
     _curves(axes, histories)
-    axes.set_title("Training curves", fontsize=13)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    handles, names = axes.get_legend_handles_labels()
+    if narrow:
+        first = 1 if len(histories) == 1 else 0  # a single fit needs no name
+        where: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "ncols": 2}
+        figure.legend(handles[first:], names[first:], **where)
+    else:
+        axes.set_title("Training curves", fontsize=13)
+        figure.legend(handles, names, loc="outside right upper", frameon=False)
     return figure
 
 
@@ -146,7 +169,7 @@ def _curves(axes: Axes, histories: Mapping[str, pd.DataFrame]) -> None:
     start: list[float] = []
     for (name, history), look in zip(histories.items(), _looks(), strict=False):
         every = max(1, len(history) // 8)
-        axes.plot(history["epoch"], history["loss"], label=name, markevery=every, **look)
+        axes.plot(history["epoch"], history["loss"], label=literal(name), markevery=every, **look)
         bound = history["validation"].fillna(history.get("validation_estimate", math.nan)).dropna()
         axes.plot(history["epoch"][bound.index], -bound, color=look["color"], linestyle="--", linewidth=1.2)
         losses = pd.concat([history["loss"], -bound])
@@ -167,34 +190,35 @@ def _curves(axes: Axes, histories: Mapping[str, pd.DataFrame]) -> None:
     axes.grid(alpha=0.3)
 
 
-def critics(histories: Mapping[str, pd.DataFrame]) -> Figure | None:
+def critics(histories: Mapping[str, pd.DataFrame], *, narrow: bool = False) -> Figure | None:
     """What the critics of every fit did, by epoch: their loss, how well they tell draws apart, the ratio they estimate.
 
     An accuracy of one half is that of a critic that finds no difference, or has died; one of 1 that of a critic that
     has won, whose ratio can't be trusted.
 
     Args:
-        histories: As in :func:`curves`.
+        histories, narrow: As in :func:`curves`.
 
     Returns:
         The figure, or None if no fit has a critic.
     """
     if not any("critic_loss" in history for history in histories.values()):
         return None
-    figure = Figure(figsize=(13, 3.8), layout="constrained", dpi=150)
-    panels = figure.subplots(1, 3)
+    figure = Figure(figsize=(5, 7.5) if narrow else (13, 3.8), layout="constrained", dpi=150)
+    panels = figure.subplots(*((3, 1) if narrow else (1, 3)))
     for (name, history), look in zip(histories.items(), _looks(), strict=False):
         if "critic_loss" not in history:
             continue
         accuracies = [str(column) for column in history if str(column).startswith(PREFIX)]
         look = look | {"markevery": max(1, len(history) // 8)}
-        panels[0].plot(history["epoch"], history["critic_loss"], label=name, **look)
+        shown = literal(name)
+        panels[0].plot(history["epoch"], history["critic_loss"], label=shown, **look)
         for column, style in zip(accuracies, itertools.cycle(("-", "--", ":", "-."))):
-            label = f"{name}: {column.removeprefix(PREFIX)}"
+            label = f"{shown}: {literal(column.removeprefix(PREFIX))}"
             panels[1].plot(history["epoch"], history[column], linestyle=style, label=label, **look)
         for column in ("rate_estimate", "marginal_kl_estimate"):
             if column in history:
-                panels[2].plot(history["epoch"], history[column], label=name, **look)
+                panels[2].plot(history["epoch"], history[column], label=shown, **look)
     panels[1].axhline(0.5, color="#555555", linewidth=0.8)
     panels[1].set_ylim(0.45, 1.02)
     titles = ("Critics' loss", "Critics' accuracy", "Estimate of rate or marginal KL (nats)")
@@ -231,7 +255,7 @@ def latents(
     figure, panels = _panels(len(drawn), 3.2)
     for axes, (name, z) in zip(panels, drawn.items(), strict=True):
         points, axis_names = _plane(z.detach().cpu().double())
-        axes.set_title(name, fontsize=11)
+        axes.set_title(literal(name), fontsize=11)
         axes.set_xlabel(axis_names[0])
         axes.set_ylabel(axis_names[1])
         if labels is None:
@@ -290,6 +314,26 @@ def comparison(
     axes.set_title("Training curves", fontsize=13)
     axes.legend(fontsize=8, ncols=2, loc="upper right")
     _likelihoods(likelihood, table)
+    likelihood.set_title("Test data, by importance sampling", fontsize=13)
+    return figure
+
+
+def likelihoods(table: pd.DataFrame) -> Figure | None:
+    """The log-likelihood of every fit with its standard error.
+
+    Args:
+        table: As in :func:`comparison`.
+
+    Returns:
+        The figure, or None if no log-likelihood is known.
+    """
+    if not table["log_likelihood"].notna().any():
+        return None
+    figure = Figure(figsize=(5, 1.1 + 0.33 * len(table)), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    _likelihoods(axes, table)
+    axes.set_xlabel("log-likelihood (nats per observation)")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
@@ -298,8 +342,7 @@ def _likelihoods(axes: Axes, table: pd.DataFrame) -> None:
     for place, (_, row), look in zip(places, table.iterrows(), _looks(), strict=False):
         point = {"color": look["color"], "marker": look["marker"], "markersize": 7, "capsize": 3}
         axes.errorbar(row["log_likelihood"], place, xerr=row["log_likelihood_error"], linestyle="none", **point)
-    axes.set_yticks(places, [str(name) for name in table.index])
+    axes.set_yticks(places, [literal(str(name)) for name in table.index])
     axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set_xlabel("log-likelihood (nats per observation; bars: standard error)")
-    axes.set_title("Test data, by importance sampling", fontsize=13)
     axes.grid(alpha=0.3, axis="x")

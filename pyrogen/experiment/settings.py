@@ -14,11 +14,12 @@ from pyrogen import data as data_sets
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, ContinuousBernoulli, NormalLikelihood, QuantizedNormal
 from pyrogen.distributions.implicit import is_implicit
+from pyrogen.evaluation.parts import DEFAULT, known_parts
 from pyrogen.experiment.parts import Part, call, partial_of, resolve
 from pyrogen.inference import CriticOptions, Objective
 from pyrogen.models import LatentVariableModel
 
-__all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective"]
+__all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective", "chosen_parts"]
 
 _SMALL = 256
 """Values of an observation up to which one thread is enough."""
@@ -174,6 +175,11 @@ class Settings:
         return call(self.encoder, "encoder", data.event_shape, self.features)
 
 
+def chosen_parts(parts: list[str]) -> list[str]:
+    """The parts of an evaluation by these names, of which one may be ``all``."""
+    return known_parts("all" if "all" in parts else parts)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.plain()
@@ -232,6 +238,7 @@ class CompareSettings(Settings):
         guides: Families of the guide's distributions, called as family(features, context).
         objectives: What is minimised; every family is fitted with every objective that can serve it, and one that uses
             no guide, such as GAN, once. By default ELBO and IWAE, or AVB for a family without a density.
+        parts: Which parts of the evaluation, by name, or all; see pyrogen evaluate --help.
         particles: Draws for each test observation, for the log-likelihood.
         test_rows: Evaluate on the first so many rows of the test data; by default on all.
     """
@@ -240,6 +247,7 @@ class CompareSettings(Settings):
         default_factory=lambda: [Part("Normal"), Part("MultivariateNormal"), Part("Flow"), Part("Implicit")]
     )
     objectives: list[Part] | None = None
+    parts: list[str] = field(default_factory=lambda: [*DEFAULT])
     particles: int = 1000
     test_rows: int | None = None
 

@@ -1,33 +1,180 @@
-"""The table of a comparison."""
+"""The table of a comparison: which columns it shows, in which sections, and which figures are the best."""
 
-from typing import Any
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from pyrogen.inference import Run
 
-__all__ = ["Comparison"]
+__all__ = ["COLUMNS", "Column", "Comparison", "row_of", "slug"]
 
-_COLUMNS = {
-    "log_likelihood": ("log p(x)", "{:.2f}"),
-    "log_likelihood_error": ("±", "{:.2f}"),
-    "explicit_guide": ("log p(x) by", "{} guide, fitted afterwards"),
-    "elbo": ("ELBO", "{:.2f}"),
-    "rate": ("rate", "{:.2f}"),
-    "rate_estimate": ("rate (estimate)", "{:.2f}"),
-    "held_out_rate_estimate_shown": ("rate (held-out estimate)", "{}"),
-    "marginal_kl_estimate": ("marginal KL (estimate)", "{:.2f}"),
-    "held_out_marginal_kl_estimate_shown": ("marginal KL (held-out estimate)", "{}"),
-    "distortion": ("distortion", "{:.2f}"),
-    "bits_per_dimension": ("bits/dim", "{:.3f}"),
-    "active_units": ("active units", "{:.0f}"),
-    "effective_sample_size": ("ESS", "{:.0f}"),
-    "seconds": ("train s", "{:.1f}"),
-    "parameters": ("parameters", "{:d}"),
+WIDTH = 160
+"""Characters up to which the sections of a printed table stand side by side."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is shown.
+
+    Attributes:
+        heading: What stands above it.
+        format: How a figure is rounded.
+        section: The part of the table to which it belongs.
+        best: Which figures are the better ones; None where neither are: for a trade-off, for what critics report, which
+            bounds nothing, and for figures that can't be compared from one fit to another.
+        error: The column of its standard errors, if there is one.
+        of_observations: Whether it is a log-density of observations: in nats these can be compared only where all are
+            densities, or all are probabilities.
+        about: What it is, in a line, for a report.
+    """
+
+    heading: str
+    format: str = "{:.2f}"
+    section: str = "likelihood"
+    best: Literal["highest", "lowest"] | None = None
+    error: str | None = None
+    of_observations: bool = False
+    about: str = ""
+
+
+_LATENT, _SAMPLES, _POSTERIOR, _ANNEALING = "latent space", "samples", "posterior", "annealed importance sampling"
+
+COLUMNS: dict[str, Column] = {
+    "log_likelihood": Column(
+        "log p(x)",
+        best="highest",
+        error="log_likelihood_error",
+        of_observations=True,
+        about="log-likelihood of the rows, by importance sampling, with the standard error of its mean over them",
+    ),
+    "log_likelihood_error": Column("±"),
+    "explicit_guide": Column(
+        "log p(x) by",
+        "{} guide, fitted afterwards",
+        about="what the log-likelihood rests on where the fit's own guide has no density",
+    ),
+    "elbo": Column(
+        "ELBO",
+        best="highest",
+        of_observations=True,
+        about="evidence lower bound, −(rate + distortion), whatever was optimised",
+    ),
+    "rate": Column("rate", about="E KL(q(z|x) ‖ p(z))"),
+    "rate_estimate": Column("rate (estimate)", about="the rate according to the critics of the training; no bound"),
+    "held_out_rate_estimate_shown": Column(
+        "rate (held-out estimate)", "{}", about="the rate according to critics fitted afterwards; no bound"
+    ),
+    "marginal_kl_estimate": Column(
+        "marginal KL (estimate)", about="KL(q(z) ‖ p(z)) according to the critic of the training; no bound"
+    ),
+    "held_out_marginal_kl_estimate_shown": Column(
+        "marginal KL (held-out estimate)", "{}", about="the same by a critic fitted afterwards; no bound"
+    ),
+    "distortion": Column("distortion", about="−E log p(x|z)"),
+    "bits_per_dimension": Column(
+        "bits/dim", "{:.3f}", about="−log p(x) / (D log 2), where the values of an observation are discrete"
+    ),
+    "active_units": Column(
+        "active units", "{:.0f}", about="latent units whose posterior mean differs between observations"
+    ),
+    "effective_sample_size": Column(
+        "ESS", "{:.0f}", about="what the particles are worth in equally weighted draws; the median over rows"
+    ),
+    "seconds": Column("train s", "{:.1f}", about="seconds of training"),
+    "parameters": Column("parameters", "{:.0f}", about="how many numbers are trained, in model and guide"),
+    "mutual_information": Column(
+        "mutual information", section=_LATENT, error="mutual_information_error", about="I(x; z) of the guide, in nats"
+    ),
+    "mutual_information_error": Column("±", section=_LATENT),
+    "marginal_kl": Column(
+        "marginal KL", section=_LATENT, best="lowest", error="marginal_kl_error", about="KL(q(z) ‖ p(z)), in nats"
+    ),
+    "marginal_kl_error": Column("±", section=_LATENT),
+    "total_correlation": Column(
+        "total correlation", section=_LATENT, error="total_correlation_error", about="KL(q(z) ‖ ∏ q(z_j)), a part of it"
+    ),
+    "total_correlation_error": Column("±", section=_LATENT),
+    "dimension_wise_kl": Column("dimension-wise KL", section=_LATENT, about="Σ KL(q(z_j) ‖ p(z_j)), the other part"),
+    "prior_holes": Column(
+        "prior holes",
+        "{:.3f}",
+        section=_LATENT,
+        best="lowest",
+        error="prior_holes_error",
+        about="the share of the prior's mass where there is hardly any of q(z)",
+    ),
+    "prior_holes_error": Column("±", "{:.3f}", section=_LATENT),
+    "mmd_p_value": Column(
+        "q(z) = p(z), p", "{:.3f}", section=_LATENT, about="the p-value of that, by the maximum mean discrepancy"
+    ),
+    "precision": Column("precision", "{:.3f}", _SAMPLES, "highest", about="the share of samples that lie among data"),
+    "recall": Column("recall", "{:.3f}", _SAMPLES, "highest", about="the share of data that lie among samples"),
+    "density": Column("density", "{:.3f}", _SAMPLES, about="how densely data lie around samples; 1 for more data"),
+    "coverage": Column("coverage", "{:.3f}", _SAMPLES, "highest", about="the share of data with a sample nearby"),
+    "frechet_distance": Column("Fréchet distance", "{:.2f}", _SAMPLES, "lowest", about="FID, between features"),
+    "kernel_distance": Column("kernel distance", "{:.4f}", _SAMPLES, "lowest", about="KID, between features"),
+    "inception_score": Column("Inception Score", "{:.2f}", _SAMPLES, "highest", about="by a classifier of the data"),
+    "sample_diversity": Column(
+        "diversity", "{:.3f}", _SAMPLES, error="sample_diversity_error", about="1 − MS-SSIM of pairs of samples"
+    ),
+    "sample_diversity_error": Column("±", "{:.3f}", _SAMPLES),
+    "data_copying": Column(
+        "data copying", "{:.1f}", _SAMPLES, about="a z-score, far below 0 for copies of training data"
+    ),
+    "wasserstein": Column(
+        "Wasserstein (estimate)",
+        section=_SAMPLES,
+        error="wasserstein_error",
+        about="the distance of samples to data by a critic fitted afterwards; no bound",
+    ),
+    "wasserstein_error": Column("±", section=_SAMPLES),
+    "pareto_k": Column("Pareto k", section=_POSTERIOR, about="the median; up to 0.7 importance weights can be trusted"),
+    "pareto_k_untrusted": Column("k > 0.7", "{:.0%}", _POSTERIOR, about="the share of rows with a larger one"),
+    "sbc_p_value": Column(
+        "SBC, p", "{:.3f}", _POSTERIOR, about="of simulation-based calibration; small for a wrong guide"
+    ),
+    "tarp_p_value": Column("TARP, p", "{:.3f}", _POSTERIOR, about="of the coverage around random points, likewise"),
+    "approximation_gap": Column("approximation gap", section=_POSTERIOR, about="what the family loses of the bound"),
+    "amortization_gap": Column("amortization gap", section=_POSTERIOR, about="what the encoder loses of it"),
+    "c2st": Column(
+        "C2ST", "{:.3f}", _POSTERIOR, about="accuracy of a classifier of draws by guide and NUTS; 0.5 is best"
+    ),
+    "sliced_wasserstein": Column("sliced Wasserstein", "{:.3f}", _POSTERIOR, about="between the same draws"),
+    "reference_r_hat": Column("R̂ of NUTS", "{:.3f}", _POSTERIOR, about="the largest of the draws by NUTS"),
+    "annealed_log_likelihood": Column(
+        "log p(x), annealed",
+        section=_ANNEALING,
+        best="highest",
+        error="annealed_log_likelihood_error",
+        of_observations=True,
+        about="without a guide, of the first rows, with the standard error from the number of chains",
+    ),
+    "annealed_log_likelihood_error": Column("±", section=_ANNEALING),
+    "annealing_gap": Column(
+        "gap of bounds", section=_ANNEALING, about="between both bounds, on simulated observations"
+    ),
 }
-"""What is shown, under which heading and how rounded; the table itself has more and is not rounded."""
+"""What is shown, in this order; the table itself has more and is not rounded. A column is added by a line here."""
 
-_ESTIMATES = [name for name in _COLUMNS if "estimate" in name]
+_ESTIMATES = [name for name, column in COLUMNS.items() if "estimate" in column.heading]
+
+
+def slug(name: str) -> str:
+    """A name as that of a folder: small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fit"
+
+
+def row_of(run: Run, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: the figures of an evaluation, the time of the training, and how much was trained."""
+    critics = {id(p) for p in run.objective.critics.parameters()}
+    trained = {id(p): p for p in run.programs.parameters() if p.requires_grad and id(p) not in critics}
+    parameters = sum(p.numel() for p in trained.values())
+    return {**figures, "seconds": run.seconds, "parameters": parameters}
 
 
 class Comparison(pd.DataFrame):
@@ -57,7 +204,7 @@ class Comparison(pd.DataFrame):
     ) -> "Comparison":
         """The table of rows in the order of the runs."""
         table = cls(rows, index=pd.Index([*runs], name="guide"))
-        shown = [name for name in _COLUMNS if name in table.columns]
+        shown = [name for name in COLUMNS if name in table.columns]
         table = table[shown + [name for name in table.columns if name not in shown]]
         table.runs, table.evaluated_on, table.left_out = runs, evaluated_on, left_out or {}
         return table
@@ -66,25 +213,79 @@ class Comparison(pd.DataFrame):
     def _constructor(self) -> type["Comparison"]:
         return Comparison
 
+    def sections(self) -> dict[str, list[str]]:
+        """The columns that are shown and hold any figure, by section."""
+        found: dict[str, list[str]] = {}
+        for name, column in COLUMNS.items():
+            if name in self.columns and self[name].notna().any():
+                found.setdefault(column.section, []).append(name)
+        return found
+
+    def cells(self, name: str) -> list[str]:
+        """A column as it is shown: rounded, and a dash for what is not known."""
+        return ["–" if pd.isna(value) else COLUMNS[name].format.format(value) for value in self[name]]
+
+    def best(self) -> dict[str, list[bool]]:
+        r"""Of each column that has better and worse figures, which can't be told from the best.
+
+        Figure i is one of the best if it is no more than two standard errors from the best figure b; their errors are
+        taken for independent. Where errors are not known, it is one of the best if it is shown as the same number.
+
+        .. math:: |v_i - v_b| \le 2 \sqrt{s_i^2 + s_b^2}
+
+        Fits evaluated on the same rows err together, so that more are called the best than would be by the errors of
+        their differences. A column is left out where its figures can't be compared: with fewer than two fits, or with
+        log-densities of some fits beside log-probabilities of others.
+
+        Example:
+            >>> rows = [{"log_likelihood": v, "log_likelihood_error": 0.3} for v in (-22.6, -23.1, -25.0)]
+            >>> Comparison(rows).best()
+            {'log_likelihood': [True, True, False]}
+        """
+        columns = [(name, COLUMNS[name]) for names in self.sections().values() for name in names]
+        return {name: self._best(name, column) for name, column in columns if self._has_best(name, column)}
+
+    def _has_best(self, name: str, column: Column) -> bool:
+        known = self[self[name].notna()]
+        if column.best is None or len(known) < 2:
+            return False
+        discrete = known["bits_per_dimension"].notna() if "bits_per_dimension" in known else pd.Series([True])
+        return not column.of_observations or discrete.nunique() == 1
+
+    def _best(self, name: str, column: Column) -> list[bool]:
+        values = self[name].to_numpy(dtype=float)
+        sign = 1.0 if column.best == "highest" else -1.0
+        place = int(np.nanargmax(sign * values))
+        if column.error in self.columns:
+            errors = np.nan_to_num(self[column.error].to_numpy(dtype=float))
+            near = np.abs(values - values[place]) <= 2 * np.hypot(errors, errors[place])
+        else:
+            near = np.zeros(len(values), dtype=bool)
+        shown = self.cells(name)
+        return [bool(is_near) or text == shown[place] for is_near, text in zip(near, shown, strict=True)]
+
     def __repr__(self) -> str:
-        shown = [name for name in _COLUMNS if name in self.columns and self[name].notna().any()]
-        if self.empty or not shown:
+        sections = self.sections()
+        if self.empty or not sections:
             return super().__repr__()
-        table = pd.DataFrame(
-            {_COLUMNS[name][0]: [self._cell(name, value) for value in self[name]] for name in shown},
-            index=pd.Index(self.index, name=None),
-        )
-        return f"{table.to_string()}\n{self._note()}"
+        printed = {title: self._printed(names) for title, names in sections.items()}
+        whole = self._printed([name for names in sections.values() for name in names])
+        if len(sections) > 1 and max(map(len, whole.splitlines())) > WIDTH:
+            first, *others = printed.items()
+            whole = "\n".join([first[1], *(f"\n{title}\n{table}" for title, table in others)])
+        return f"{whole}\n{self.note()}"
 
-    @staticmethod
-    def _cell(name: str, value: Any) -> str:
-        return "–" if pd.isna(value) else _COLUMNS[name][1].format(value)
+    def _printed(self, names: list[str]) -> str:
+        headings = [COLUMNS[name].heading for name in names]
+        cells = zip(*(self.cells(name) for name in names), strict=True)
+        return pd.DataFrame([*cells], columns=headings, index=pd.Index(self.index, name=None)).to_string()
 
-    def _note(self) -> str:
+    def note(self) -> str:
+        """What has to be known to read the table."""
         note = "Nats per observation"
         if "observations" in self.columns and "particles" in self.columns:
-            rows = f"{self['observations'].iloc[0]} {getattr(self, 'evaluated_on', 'rows')}"
-            note += f", on {rows}; log p(x) with its standard error, from {self['particles'].iloc[0]} particles"
+            rows = f"{_span(self['observations'])} {getattr(self, 'evaluated_on', 'rows')}"
+            note += f", on {rows}; log p(x) with its standard error, from {_span(self['particles'])} particles"
         note += "."
         if left_out := getattr(self, "left_out", {}):
             note += f" Left out, for want of a density that the objective needs: {', '.join(left_out)}."
@@ -94,3 +295,11 @@ class Comparison(pd.DataFrame):
                 "of divergences that are known."
             )
         return note
+
+
+def _span(counts: pd.Series) -> str:
+    """A count, or the least and the greatest where there are several."""
+    least, greatest = counts.min(), counts.max()
+    if math.isnan(least):
+        return "?"
+    return f"{least:.0f}" if least == greatest else f"{least:.0f} to {greatest:.0f}"

@@ -120,3 +120,33 @@ def test_summary(images, histories, shown):
     figure = figures.comparison(table, histories, x, parts, parts)
     assert len(figure.axes) == (8 if shown else 2)
     assert drawn(figure) > 50
+
+
+def test_names_mean_nothing_to_matplotlib(images, histories):
+    names = ("a$b", "$\\frac$", "_hidden")
+    assert drawn(figures.samples(dict.fromkeys(names, images), images)) > 100
+    assert drawn(figures.reconstructions(images, dict.fromkeys(names, images))) > 100
+    figure = figures.curves(dict.fromkeys(names, next(iter(histories.values()))))
+    assert drawn(figure) > 10 and len(figure.legends[0].get_texts()) == len(names) + 2
+    table = pd.DataFrame({"log_likelihood": [-20.0] * 3, "log_likelihood_error": [0.2] * 3}, index=[*names])
+    assert drawn(figures.likelihoods(table)) > 10
+
+
+def test_narrow_curves_of_one_fit_name_no_fit(histories):
+    one = figures.curves({"flow": histories["flow"]}, narrow=True)
+    assert [text.get_text() for text in one.legends[0].get_texts()] == ["training", "validation"]
+    both = figures.curves(histories, narrow=True)
+    assert {*NAMES} < {text.get_text() for text in both.legends[0].get_texts()}
+    assert drawn(one) > 10 and drawn(both) > 10
+
+
+def test_critics_above_each_other(histories):
+    for history in histories.values():
+        history["critic_loss"] = history["accuracy_z"] = 0.6
+    wide, narrow = figures.critics(histories), figures.critics(histories, narrow=True)
+    assert len(narrow.axes) == 3 and narrow.get_figheight() > narrow.get_figwidth() < wide.get_figwidth()
+    assert drawn(narrow) > 10
+
+
+def test_no_log_likelihood_no_figure():
+    assert figures.likelihoods(pd.DataFrame({"log_likelihood": [np.nan], "log_likelihood_error": [np.nan]})) is None

@@ -1,0 +1,37 @@
+"""In what space samples are compared with a data set, and with which rows of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrogen.data import Data
+from pyrogen.evaluation.features import feature_classifier
+from pyrogen.inference.batches import as_batch
+
+__all__ = ["compared_in"]
+
+ROWS = 10_000
+"""Training rows, at most, among which copies are looked for."""
+
+
+def compared_in(data: Any, parts: Any, seed: int) -> dict[str, Any]:
+    """What :func:`pyrogen.evaluate` takes for ``features`` and ``training``, where samples are to be compared.
+
+    Args:
+        data: What was fitted. Labelled images get a classifier, whose features are the space; others are compared by
+            their values.
+        parts: The parts of the evaluation.
+        seed: Of the classifier.
+    """
+    if parts != "all" and "samples" not in parts:
+        return {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(data, Data):
+            training, features = data.prepare(data.train[:ROWS]), None
+            if data.train_labels is not None and len(data.event_shape) == 3:
+                features = feature_classifier(data.prepare(data.train), data.train_labels, seed=seed)
+            return {"features": features, "training": training}
+    tensors = isinstance(data, (Tensor, tuple, list))
+    return {"training": as_batch(data)[0][:ROWS]} if tensors else {}
