@@ -118,6 +118,7 @@ def row(name: str, run: Run, test: Tensor, arguments: argparse.Namespace) -> str
         log_p = evaluate(
             run,
             test[: arguments.evaluated],
+            parts="likelihood",
             particles=arguments.particles,
             explicit_steps=arguments.explicit_steps,
             ratio_steps=0,

@@ -8,10 +8,10 @@ from pyrogen.evaluation.annealing import (
     bidirectional_monte_carlo,
 )
 from pyrogen.evaluation.calibration import RatioCalibration, calibrate_ratio, fit_ratio
+from pyrogen.evaluation.class_diversity import Diversity, diversity
 from pyrogen.evaluation.critics import CriticEstimates, critic_estimates
 from pyrogen.evaluation.diagnosis import Diagnosis, Finding, diagnose
 from pyrogen.evaluation.dimensions import TotalCorrelation, total_correlation
-from pyrogen.evaluation.diversity import Diversity, diversity
 from pyrogen.evaluation.explicit import explicit_guide
 from pyrogen.evaluation.features import FeatureClassifier, feature_classifier
 from pyrogen.evaluation.gaps import InferenceGap, inference_gap
@@ -21,7 +21,7 @@ from pyrogen.evaluation.held_out_dimensions import (
     held_out_dimension_kl_estimate,
     held_out_total_correlation_estimate,
 )
-from pyrogen.evaluation.inception import inception
+from pyrogen.evaluation.inception_v3 import inception
 from pyrogen.evaluation.inference_data import reference_posterior, to_arviz
 from pyrogen.evaluation.likelihood import ImportanceSampling, bits_per_dimension, importance_sampling, log_likelihood
 from pyrogen.evaluation.marginals import MarginalKL, marginal_kl, mutual_information
@@ -34,10 +34,10 @@ from pyrogen.evaluation.neighbours import (
     nearest_neighbours,
     precision_recall,
 )
-from pyrogen.evaluation.nuts import ReferencePosterior, nuts
 from pyrogen.evaluation.pareto import ParetoDiagnostic, pareto_diagnostic, pareto_k
 from pyrogen.evaluation.prior_match import MeanDiscrepancy, PriorHoles, mmd, prior_holes
 from pyrogen.evaluation.rates import RateDistortion, rate_distortion
+from pyrogen.evaluation.reference import ReferencePosterior, nuts
 from pyrogen.evaluation.samples import posterior_samples, prior_samples, reconstruct, sample
 from pyrogen.evaluation.simulation_based import TARP, SimulationBasedCalibration, simulation_based_calibration, tarp
 from pyrogen.evaluation.summary import Evaluation, evaluate

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions.transforms import biject_to
 from torch import Tensor, nn
 
+from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.calibration import TOLERANCE, RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, passes, prepared
 from pyrogen.inference.adaptive import SMALLEST_VARIANCE, Reference
@@ -204,6 +205,7 @@ def held_out_marginal_kl_estimate(
         5
     """
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
+        pair = with_globals_held(pair)
         first, second, third = three_parts(pair)
         fitted = latent_draws(pair, first, POOL, rows)
         ratio = fit_ratio(

@@ -12,8 +12,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrogen.evaluation.frames import Frame, Variables, arviz_major, assemble, datasets_of
-from pyrogen.evaluation.nuts import ReferencePosterior
 from pyrogen.evaluation.posterior_groups import BY_ROW, Posterior, stores
+from pyrogen.evaluation.reference import ReferencePosterior
 from pyrogen.evaluation.running import ROWS, by_row, check_counts, passes, prepared
 from pyrogen.inference.programs import sample_sites
 from pyrogen.inference.run import Run

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from pyrogen.evaluation.aggregate import aggregated
 from pyrogen.evaluation.annealing import annealing, bidirectional_monte_carlo
+from pyrogen.evaluation.class_diversity import diversity
 from pyrogen.evaluation.critics import critic_estimates
 from pyrogen.evaluation.dimensions import total_correlation
-from pyrogen.evaluation.diversity import diversity
 from pyrogen.evaluation.explicit import explicit_guide
 from pyrogen.evaluation.gaps import inference_gap
 from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
 from pyrogen.evaluation.likelihood import importance_sampling
 from pyrogen.evaluation.marginals import marginal_kl
 from pyrogen.evaluation.neighbours import data_copying, precision_recall
-from pyrogen.evaluation.nuts import nuts
 from pyrogen.evaluation.pareto import pareto_diagnostic
 from pyrogen.evaluation.prior_match import mmd, prior_holes
 from pyrogen.evaluation.rates import rate_distortion
+from pyrogen.evaluation.reference import nuts
 from pyrogen.evaluation.running import Prepared
 from pyrogen.evaluation.samples import posterior_samples, sample
 from pyrogen.evaluation.simulation_based import simulation_based_calibration, tarp
@@ -48,8 +48,8 @@ PARETO_ROWS = 1000
 """Observations whose importance weights have their tails fitted."""
 SAMPLES = 10_000
 """Samples and observations, at most, that are compared in visible space."""
-REFERENCES, REFERENCE_DRAWS = 4, 500
-"""Observations whose posterior is sampled by NUTS, and draws of each chain."""
+REFERENCES, REFERENCE_DRAWS, FEWEST_DRAWS = 4, 500, 50
+"""Observations whose posterior is sampled by NUTS, draws of each chain, and what all must at least be worth."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,16 @@ class Subject:
             reasons.append(str(why))
 
     def defined(self, part: str, find: Callable[[], Any]) -> Any:
-        """What a function finds, or None with a note of why it is not defined."""
+        """What a function finds, or None with a note of why it is not defined.
+
+        Raises:
+            ArithmeticError: If the programs themselves make NaN of the likelihood; a figure that fails alone is noted.
+        """
         try:
             return find()
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
+            if isinstance(error, ArithmeticError) and part in ("likelihood", "bound"):
+                raise
             self.note(part, error)
             return None
 
@@ -270,7 +276,7 @@ def _samples(subject: Subject) -> dict[str, Any]:
     quality = ("precision", "recall", "density", "coverage")
     add(lambda: precision_recall(made, x, features), **{name: name for name in quality})
     add(lambda: frechet_distance(made, x, features), frechet_distance="distance")
-    size = min(1000, len(x))
+    size = min(1000, len(x) // 2)  # all of them make the same subset every time
     add(
         lambda: kernel_distance(made, x, features, subset_size=size, seed=subject.seed),
         kernel_distance="distance",
@@ -286,7 +292,7 @@ def _samples(subject: Subject) -> dict[str, Any]:
             )
             add(lambda: diversity(x, features, seed=subject.seed), data_diversity="diversity")
     if subject.training is not None:
-        training = as_batch(subject.training[:SAMPLES])[0].to(x)
+        training = as_batch(subject.training)[0].to(x)
         add(lambda: data_copying(made, training, x, features=features, seed=subject.seed), data_copying="z")
     return found
 
@@ -311,13 +317,20 @@ def _reference(subject: Subject) -> dict[str, Any]:
     """How far the guide is from draws of the posterior itself, for a few observations."""
     if subject.run.guide is None:
         raise ValueError("there is no guide")
+    if subject.pair.has_global or not subject.pair.local:
+        raise ValueError(
+            "the reference is for the latents of one observation at a time; with global sites, whose posterior is that "
+            "of the whole data set, run nuts on it"
+        )
     few, local = subject.first(REFERENCES), subject.pair.local
     reference = nuts(*subject.programs, few, draws=REFERENCE_DRAWS, seed=subject.seed)
     known = {name: value.flatten(0, 1) for name, value in reference.samples.items()}
     draws = len(known[local[0]])
     # A classifier takes draws for independent ones: of a chain's only as many as they are worth.
-    worth = min(float(size.min()) for size in reference.effective_sample_size.values())
-    kept = torch.linspace(0, draws - 1, max(2, min(draws, int(worth)))).long()
+    worth = _known(reference.effective_sample_size).min()
+    if worth < FEWEST_DRAWS:
+        raise ValueError(f"NUTS has not converged: {reference}")
+    kept = torch.linspace(0, draws - 1, min(draws, int(worth))).long()
     guided = posterior_samples(*subject.programs, few, len(kept), **subject.options)
     accuracies, distances = [], []
     for row in range(len(few[0])):
@@ -328,9 +341,15 @@ def _reference(subject: Subject) -> dict[str, Any]:
     return {
         "c2st": sum(accuracies) / len(accuracies),
         "sliced_wasserstein": sum(distances) / len(distances),
-        "reference_r_hat": max(float(value.max()) for value in reference.r_hat.values()),
+        "reference_r_hat": float(_known(reference.r_hat).max()),
         "reference_observations": len(few[0]),
     }
+
+
+def _known(of_sites: dict[str, Tensor]) -> Tensor:
+    """All that is not NaN, as a diagnostic is at a unit that its support holds."""
+    flat = torch.cat([value.flatten() for value in of_sites.values()])
+    return flat[~flat.isnan()]
 
 
 PARTS: dict[str, Callable[[Subject], dict[str, Any]]] = {

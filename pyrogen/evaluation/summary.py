@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrogen.data import Data
+from pyrogen.evaluation.features import features_of
 from pyrogen.evaluation.parts import DEFAULT, PARTS, Subject, known_parts
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.run import Run
@@ -257,8 +258,8 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
         _Line("recall", "recall"),
         _Line("density", "density"),
         _Line("coverage", "coverage"),
-        _Line("frechet_distance", "Fréchet distance", "(FID) of {sample_size} samples"),
-        _Line("kernel_distance", "kernel distance", "(KID)", "kernel_distance_deviation"),
+        _Line("frechet_distance", "Fréchet distance", "of {sample_size} samples"),
+        _Line("kernel_distance", "kernel distance", "(deviation over subsets)", "kernel_distance_deviation"),
         _Line("inception_score", "Inception Score"),
         _Line("sample_diversity", "diversity", "(1 − MS-SSIM)", "sample_diversity_error"),
         _Line("data_diversity", "diversity of the data"),
@@ -385,6 +386,7 @@ def evaluate(
             raise ValueError(f"{name} must be a whole number, 0 or more, got {steps!r}")
     with prepared(run.model, run.guide, x, seed=seed, particles=particles, rows=rows, guided=False) as pair:
         units = _latent_units(pair)
+    _check_space(pair, features, training)
     subject = Subject(run, pair, particles, explicit_steps, ratio_steps, features, training, seed, rows)
     figures: dict[str, Any] = {}
     seconds = {}
@@ -401,6 +403,16 @@ def evaluate(
         reasons={name: "; ".join(reasons) for name, reasons in subject.reasons.items()},
         **figures,
     )
+
+
+def _check_space(pair: Prepared, features: Any, training: Any) -> None:
+    """See that what samples are compared in and with goes with the observations."""
+    x = pair.batch[0]
+    if features is not None:
+        features_of(features, x=x[:2])
+    if training is not None and (not isinstance(training, Tensor) or training.shape[1:] != x.shape[1:]):
+        came = tuple(training.shape) if isinstance(training, Tensor) else type(training).__name__
+        raise ValueError(f"expected training as a tensor (N, {', '.join(map(str, x.shape[1:]))}) as x is, got {came}")
 
 
 def _latent_units(pair: Prepared) -> int:

@@ -21,7 +21,7 @@ from pyrogen.inference.programs import observed_sites
 from pyrogen.inference.run import Run
 from pyrogen.inference.units import INACTIVE, by_row, means, names_of_units
 
-__all__ = ["PART", "Likelihood", "Patient"]
+__all__ = ["Likelihood", "Patient"]
 
 PART = 0.025
 """The share of rows that a ball reaches to, and so the smallest part of the data, or of the prior, that can be missed.
@@ -136,12 +136,13 @@ class Patient:
 
     @property
     def _observed(self) -> Tensor:
+        """The rows, flat, on the CPU."""
         names = self.pair.observed
         if len(names) != 1:
             raise ValueError(f"the model observes {len(names)} sites {names}, and samples are compared at one")
         if is_masked(self.pair.nodes[names[0]]):
             raise ValueError(f"the observed site '{names[0]}' is masked")
-        x = self.pair.batch[0]
+        x = self.pair.batch[0].cpu()
         return x.reshape(len(x), -1)
 
     def _samples(self, mean: bool) -> Tensor:
@@ -150,7 +151,7 @@ class Patient:
         assert isinstance(drawn, Tensor)  # one observed site
         if drawn.shape != x.shape:
             raise ValueError(f"samples have the shape {tuple(drawn.shape)}, and the data {tuple(x.shape)}")
-        return drawn.to(x).reshape(len(x), -1)
+        return drawn.cpu().to(x.dtype).reshape(len(x), -1)
 
     @cached_property
     def likelihood(self) -> Likelihood:
@@ -174,12 +175,12 @@ class Patient:
                     mean, x = means(node), node["value"]
                     if mean is None or is_masked(node):
                         raise ValueError(f"the observed site '{name}' is masked, or its mean has no closed form")
-                    error += float((x - mean).double().square().sum())
-                    own += float((node["fn"].sample() - mean).double().square().sum())
+                    error += _squares(x - mean)
+                    own += _squares(node["fn"].sample() - mean)
                     count += x.numel()
                     small += _count_small(node, least)
-                    seen.setdefault(name, []).append(by_row(node, x, 1)[0].double())
-        total = sum(float((x - x.mean(0)).square().sum()) for x in map(torch.cat, seen.values()))
+                    seen.setdefault(name, []).append(by_row(node, x, 1)[0].cpu().double())
+        total = sum(_squares(x - x.mean(0)) for x in map(torch.cat, seen.values()))
         return Likelihood(_ratio(error, own), 1 - _ratio(error, total), small / count)
 
     def _least_scale(self) -> float:
@@ -187,8 +188,12 @@ class Patient:
         parts = [part for part in self.run.model.modules() if isinstance(part, LocationScale)]
         if parts and all(not isinstance(part.scale, str) for part in parts):
             return 0.0
-        x = self.pair.batch[0].double()
+        x = self.pair.batch[0].cpu().double()
         return max(1.1 * SMALLEST_SCALE if parts else 0.0, FLOOR * float((x - x.mean(0)).square().mean().sqrt()))
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.cpu().double().square().sum())
 
 
 def _count_small(node: dict[str, Any], least: float) -> float:
@@ -218,7 +223,7 @@ def _flat(aggregate: Aggregate, values: Values) -> Tensor:
     """The unconstrained values of all sites, ``(M, n)``."""
     sites = aggregate.pair.latents
     flat = (unconstrained(sites[name], value)[0].reshape(len(value), -1) for name, value in values.items())
-    return torch.cat([*flat], 1)
+    return torch.cat([*flat], 1).cpu()
 
 
 def _principal(points: Tensor, count: int) -> Callable[[Tensor], Tensor] | None:

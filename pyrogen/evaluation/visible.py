@@ -168,7 +168,7 @@ def frechet_distance(samples: Tensor, data: Tensor, features: Callable | None, *
         samples: ``(M, *event_shape)``.
         data: ``(N, *event_shape)``.
         features: A feature network: any callable from ``(n, *event_shape)`` to ``(n, D)``, such as
-            :func:`~pyrogen.evaluation.features.feature_classifier` or :func:`~pyrogen.evaluation.inception.inception`
+            :func:`~pyrogen.evaluation.feature_classifier` or :func:`~pyrogen.evaluation.inception`
             give. None takes the flattened values themselves.
         rows: How many rows go through the network at once.
 

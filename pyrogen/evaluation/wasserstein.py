@@ -136,6 +136,8 @@ def wasserstein_critic(
         above, below = _read(ratio, other_v, rows), _read(ratio, other_u, rows)
         slope = _slope(ratio, other_u, other_v, rows)
     error = math.sqrt(float(above.var()) / len(above) + float(below.var()) / len(below))
+    if not slope > 0:
+        raise ArithmeticError("the critic is flat where it is read, so it tells no distance; give it more steps")
     scale = unit / slope
     difference = float(above.mean() - below.mean())
     return WassersteinCritic(scale * difference, scale * error, slope, steps, len(below), len(above))

@@ -11,11 +11,12 @@ import pandas as pd
 import yaml
 
 from pyrogen.data import Data
+from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment.table import slug
 from pyrogen.inference import Run, load
 from pyrogen.inference.run import SETTINGS, WEIGHTS
 
-__all__ = ["Fitted", "collect", "read_evaluations"]
+__all__ = ["Fitted", "collect", "read_evaluations", "steps_of"]
 
 COMPARISON, TABLE, EVALUATIONS = "compare.yaml", "table.csv", "evaluation.yaml"
 _log = logging.getLogger(__name__)
@@ -44,12 +45,18 @@ class Fitted:
     def known(self, data: Data, split: str, count: int) -> dict[str, Any] | None:
         """Figures on the first rows of a split, the most that there are, and those from the most particles; or None."""
         source = data.source or data.name
-        found = [e for e in self.evaluations if (e["data"], e["split"], e["observations"]) == (source, split, count)]
+        wanted = {"data": source, "split": split, "observations": count, "steps": steps_of(self.run)}
+        found = [e for e in self.evaluations if e | wanted == e and {*DEFAULT} <= {*e.get("parts", ())}]
         # A comparison that a program started may have had any rows, but those of the whole split are likely the split.
         sure = self.from_settings or count == len(data.test)
         if self.row and split == "test" and self.run.data == data.source and self.row["observations"] == count and sure:
             found.append(self.row)
         return max(found, key=lambda entry: (_count(entry), entry["particles"]), default=None)
+
+
+def steps_of(run: Run) -> int:
+    """How many steps a run has been trained for, by which figures of an earlier state are told from its own."""
+    return 0 if run.history.empty else int(run.history["step"].iloc[-1])
 
 
 def _count(entry: dict[str, Any]) -> int:

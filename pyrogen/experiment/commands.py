@@ -16,7 +16,7 @@ from pyrogen.data import Data
 from pyrogen.evaluation import Evaluation, evaluate, sample
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.evaluation.running import check_counts
-from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations
+from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations, steps_of
 from pyrogen.experiment.comparison import CONFIGURATION, compare
 from pyrogen.experiment.figures import are_images
 from pyrogen.experiment.judging import compared_in
@@ -267,21 +267,23 @@ def run_evaluate(settings: EvaluateSettings) -> str:
     parts = chosen_parts(settings.parts)
     space = compared_in(data, parts, settings.seed)
     evaluation = evaluate(run, rows, parts=parts, particles=settings.particles, seed=settings.seed, **space)
-    _note_evaluation(Path(settings.run), data, settings, evaluation)
+    _note_evaluation(Path(settings.run), run, data, settings, evaluation)
     return str(evaluation)
 
 
 def _note_evaluation(
-    folder: Path, data: Data, settings: EvaluateSettings | ReportSettings, evaluation: Evaluation
+    folder: Path, run: Run, data: Data, settings: EvaluateSettings | ReportSettings, evaluation: Evaluation
 ) -> dict[str, Any]:
     """Add an evaluation to the list in a run's folder, with what its other parts had found before; return it."""
     path = folder / EVALUATIONS
-    entry = {"data": data.source or data.name, "split": settings.split, "seed": settings.seed} | evaluation.to_dict()
-    keys = ("data", "split", "seed", "particles", "observations")
+    made: dict[str, Any] = {"data": data.source or data.name, "split": settings.split, "seed": settings.seed}
+    entry = made | {"steps": steps_of(run), "parts": [*evaluation.seconds_of]} | evaluation.to_dict()
+    keys = ("data", "split", "seed", "steps", "particles", "observations")
     known = read_evaluations(path)
-    others = [other for other in known if any(other[key] != entry[key] for key in keys)]
+    others = [other for other in known if any(other.get(key) != entry[key] for key in keys)]
     for same in (other for other in known if other not in others):
-        entry = same | {name: value for name, value in entry.items() if value is not None and value == value}
+        known_now = {name: value for name, value in entry.items() if value is not None and value == value}
+        entry = same | known_now | {"parts": [*dict.fromkeys([*same["parts"], *entry["parts"]])]}
     with atomically(path) as temporary:
         temporary.write_text(yaml.safe_dump([*others, entry], sort_keys=False), encoding="utf-8")
     return entry
@@ -322,7 +324,7 @@ def run_report(settings: ReportSettings) -> Path:
         entry = known[each.name]
         if entry is None:
             evaluation = evaluate(each.run, rows, particles=settings.particles, seed=settings.seed, **space)
-            entry = _note_evaluation(each.folder, data, settings, evaluation)
+            entry = _note_evaluation(each.folder, each.run, data, settings, evaluation)
         figures.append(row_of(each.run, entry))
     of_split = {"train": "training"}.get(settings.split, settings.split)
     table = Comparison.of(figures, {each.name: each.run for each in fits}, f"{of_split} rows")

@@ -11,9 +11,6 @@ from pyrogen.inference.batches import as_batch
 
 __all__ = ["compared_in"]
 
-ROWS = 10_000
-"""Training rows, at most, among which copies are looked for."""
-
 
 def compared_in(data: Any, parts: Any, seed: int) -> dict[str, Any]:
     """What :func:`pyrogen.evaluate` takes for ``features`` and ``training``, where samples are to be compared.
@@ -29,9 +26,9 @@ def compared_in(data: Any, parts: Any, seed: int) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(data, Data):
-            training, features = data.prepare(data.train[:ROWS]), None
+            training, features = data.prepare(data.train), None
             if data.train_labels is not None and len(data.event_shape) == 3:
-                features = feature_classifier(data.prepare(data.train), data.train_labels, seed=seed)
+                features = feature_classifier(training, data.train_labels, seed=seed)
             return {"features": features, "training": training}
     tensors = isinstance(data, (Tensor, tuple, list))
-    return {"training": as_batch(data)[0][:ROWS]} if tensors else {}
+    return {"training": as_batch(data)[0]} if tensors else {}

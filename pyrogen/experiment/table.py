@@ -116,8 +116,14 @@ COLUMNS: dict[str, Column] = {
     "recall": Column("recall", "{:.3f}", _SAMPLES, "highest", about="the share of data that lie among samples"),
     "density": Column("density", "{:.3f}", _SAMPLES, about="how densely data lie around samples; 1 for more data"),
     "coverage": Column("coverage", "{:.3f}", _SAMPLES, "highest", about="the share of data with a sample nearby"),
-    "frechet_distance": Column("Fréchet distance", "{:.2f}", _SAMPLES, "lowest", about="FID, between features"),
-    "kernel_distance": Column("kernel distance", "{:.4f}", _SAMPLES, "lowest", about="KID, between features"),
+    "frechet_distance": Column(
+        "Fréchet distance",
+        "{:.2f}",
+        _SAMPLES,
+        "lowest",
+        about="FID, between features where there is a network for these, otherwise between values",
+    ),
+    "kernel_distance": Column("kernel distance", "{:.4f}", _SAMPLES, "lowest", about="KID, likewise"),
     "inception_score": Column("Inception Score", "{:.2f}", _SAMPLES, "highest", about="by a classifier of the data"),
     "sample_diversity": Column(
         "diversity", "{:.3f}", _SAMPLES, error="sample_diversity_error", about="1 − MS-SSIM of pairs of samples"
@@ -280,6 +286,9 @@ class Comparison(pd.DataFrame):
         cells = zip(*(self.cells(name) for name in names), strict=True)
         return pd.DataFrame([*cells], columns=headings, index=pd.Index(self.index, name=None)).to_string()
 
+    def _has(self, name: str) -> bool:
+        return name in self.columns and bool(self[name].notna().any())
+
     def note(self) -> str:
         """What has to be known to read the table."""
         note = "Nats per observation"
@@ -287,14 +296,27 @@ class Comparison(pd.DataFrame):
             rows = f"{_span(self['observations'])} {getattr(self, 'evaluated_on', 'rows')}"
             note += f", on {rows}; log p(x) with its standard error, from {_span(self['particles'])} particles"
         note += "."
+        rests = [f"{title} {_span(self[name])} {what}" for name, (title, what) in _RESTS.items() if self._has(name)]
+        if rests:
+            note += f" Sizes: {'; '.join(rests)}."
         if left_out := getattr(self, "left_out", {}):
             note += f" Left out, for want of a density that the objective needs: {', '.join(left_out)}."
-        if any(name in self.columns and self[name].notna().any() for name in _ESTIMATES):
+        if any(self._has(name) for name in _ESTIMATES):
             note += (
                 '\nEstimates are what critics report, and bound nothing; "> x" where critics are no longer within 10 % '
                 "of divergences that are known."
             )
         return note
+
+
+_RESTS = {
+    "sample_size": ("samples on", "samples against as many rows"),
+    "aggregated_observations": ("latent space on the posteriors of", "rows"),
+    "gap_observations": ("inference gap on", "rows"),
+    "annealed_observations": ("annealing on", "rows"),
+    "reference_observations": ("NUTS on", "rows"),
+}
+"""How many samples or rows figures rest on, by the column that says so."""
 
 
 def _span(counts: pd.Series) -> str:

@@ -38,6 +38,7 @@ from pyrogen.inference.programs import (
     as_module,
     before,
     evaluation_mode,
+    is_real,
     latent_sites,
     prototype,
     rehearsal,
@@ -316,6 +317,11 @@ def _check_density(prior: nn.Module, site: Site) -> None:
         raise ValueError(
             f"the prior is one of values of shape {tuple(parts[-1].event_shape)}, but the latent site '{site.name}' "
             f"has shape {site.shape}; build it for that"
+        )
+    if not is_real(site.support) and is_real(parts[-1].support):
+        raise ValueError(
+            f"the prior has draws on the whole space, but the latent site '{site.name}' has support {site.support}; "
+            "give a prior of that support, such as a TransformedDistribution of one of these"
         )
     if any(is_implicit(part) or is_point_mass(part) or has_stochastic_density(part) for part in parts):
         raise NoDensityError(

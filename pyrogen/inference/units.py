@@ -15,9 +15,12 @@ __all__ = ["INACTIVE", "UNIT_ROWS", "by_row", "inactive_units", "means", "names_
 INACTIVE = 0.01
 """The variance of its posterior mean up to which a unit is inactive (Burda, Grosse & Salakhutdinov 2016)."""
 
-UNIT_ROWS, NOISY_ROWS, DRAWS = 1000, 50, 64
-"""How many rows give the variances of an epoch, and where means are averages over draws, how many rows and draws: the
-error at a unit that says nothing is 1/64 √(2/50) = 0.003 of its own variance. Few rows and many draws make it small."""
+UNIT_ROWS = 1000
+"""How many rows at most give the variances of an epoch."""
+
+NOISY_ROWS, DRAWS = 50, 64
+"""How many rows and draws where means are averages over draws: the error at a unit that says nothing is 1/64 √(2/50) =
+0.003 of its own variance. For one cost, few rows and many draws make it least."""
 
 
 def by_row(node: dict[str, Any], value: Tensor, copies: int) -> Tensor:

@@ -64,7 +64,7 @@ def test_an_exact_posterior_of_the_true_model_is_sound(make_run):
     assert not found and len(found) == 0 and not found.unchecked and str(found) == "nothing found"
 
 
-def test_a_few_epochs_of_a_vae_are_sound(digits):
+def test_a_few_epochs_of_a_vae_are_sound(digits, tmp_path):
     """Fifteen epochs, with twice as many latent units as it has use for."""
     torch.manual_seed(0)
     model = LatentVariableModel(StandardNormal(16), Bernoulli(MLP(16, SHAPE, (128,))))
@@ -75,6 +75,7 @@ def test_a_few_epochs_of_a_vae_are_sound(digits):
     assert not found and not found.unchecked, str(found)
     assert torch.equal(torch.get_rng_state(), state)
     assert diagnose(run, digits, seed=1) == found
+    assert not diagnose(pg.load(pg.save(run, tmp_path / "run")))
 
 
 @pytest.mark.parametrize("family", ["implicit", "point mass"])

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
 
 import pyrogen as pg
-from pyrogen.evaluation.diversity import diversity
+from pyrogen.evaluation.class_diversity import diversity
 
 
 def test_pairs_of_two_by_hand():

@@ -9,7 +9,7 @@ from torchvision.models import inception_v3
 from torchvision.transforms import v2
 
 from pyrogen.evaluation.features import features_of
-from pyrogen.evaluation.inception import FidelityInception, Inception, inception
+from pyrogen.evaluation.inception_v3 import FidelityInception, Inception, inception
 
 
 @pytest.fixture(scope="module")

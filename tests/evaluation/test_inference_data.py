@@ -11,7 +11,7 @@ import xarray
 from pyrogen.distributions import Bernoulli, Implicit, SemiImplicit, StandardNormal
 from pyrogen.evaluation import frames, posterior_groups, to_arviz
 from pyrogen.evaluation.inference_data import reference_posterior
-from pyrogen.evaluation.nuts import nuts
+from pyrogen.evaluation.reference import nuts
 from pyrogen.inference import AmortizedGuide
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP

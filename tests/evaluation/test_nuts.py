@@ -14,8 +14,8 @@ from torch.distributions import biject_to
 from pyrogen.data import EightSchools, LinearGaussian
 from pyrogen.distributions import Bernoulli, Implicit, StandardNormal
 from pyrogen.distributions.implicit import ImplicitDistribution, NoDensityError
-from pyrogen.evaluation import nuts as module
-from pyrogen.evaluation.nuts import ReferencePosterior, _Density, nuts
+from pyrogen.evaluation import reference as module
+from pyrogen.evaluation.reference import ReferencePosterior, _Density, nuts
 from pyrogen.evaluation.running import prepared
 from pyrogen.inference import AmortizedGuide
 from pyrogen.models import LatentVariableModel

@@ -140,8 +140,8 @@ def nuts(
 
     A draw takes several passes of the model and back, each some milliseconds however small the model: expect half a
     minute for an observation, and choose few. Progress is logged, at level INFO, by the logger
-    ``pyrogen.evaluation.nuts``. Pyro's ``jit_compile`` is not used: it holds branches of the program as they were at
-    the first values, and torch has deprecated what it rests on.
+    ``pyrogen.evaluation.reference``. Pyro's ``jit_compile`` is not used: it holds branches of the program as they were
+    at the first values, and torch has deprecated what it rests on.
 
     Args:
         model: A program with latent sites, all of its sites explicit.

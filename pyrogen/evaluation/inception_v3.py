@@ -177,7 +177,7 @@ def _explained(kind: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"these are no weights of {kind}'s Inception v3: {reason}") from error
 
 
