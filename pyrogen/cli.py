@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted; --resume with the same --out goes on from the last checkpoint", 130)
     except NonFiniteLoss as error:
         return _fail(error, 1)
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError) as error:
         if _in_users_file(error):
             traceback.print_exc()
             return 1

@@ -177,7 +177,8 @@ def _explained(kind: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+        first, *others = str(error).splitlines()
+        reason = (others or [first])[0].strip()  # the first line is torch's own heading
         raise ValueError(f"these are no weights of {kind}'s Inception v3: {reason}") from error
 
 

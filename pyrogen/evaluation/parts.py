@@ -100,28 +100,35 @@ class Subject:
             reasons.append(str(why))
 
     def defined(self, part: str, find: Callable[[], Any]) -> Any:
-        """What a function finds, or None with a note of why it is not defined.
-
-        Raises:
-            ArithmeticError: If the programs themselves make NaN of the likelihood; a figure that fails alone is noted.
-        """
+        """What a function finds, or None with a note of why it is not defined; what others found is kept."""
         try:
             return find()
         except (ValueError, ArithmeticError) as error:
-            if isinstance(error, ArithmeticError) and part in ("likelihood", "bound"):
-                raise
             self.note(part, error)
             return None
 
 
 def _bound(subject: Subject) -> dict[str, Any]:
     if subject.run.guide is None and subject.pair.latents:
+        subject.note("bound", "there is no guide")
         return {}
     split = rate_distortion(*subject.programs, subject.x, **subject.options)
     found: dict[str, Any] = {name: float(getattr(split, name).double().mean()) for name in _OF_BOUND}
+    if subject.pair.has_global:
+        found["global_rate"] = float(split.global_rate)
+    if math.isnan(found["elbo"]):
+        subject.note("bound", _why_no_bound(subject.pair))
     if len(subject.x[0]) > 1:
         found["active_units"] = active_units(*subject.programs, subject.x, **subject.options).count
     return found
+
+
+def _why_no_bound(pair: Prepared) -> str:
+    if names := [*pair.implicit_guide, *pair.implicit_prior, *pair.implicit_likelihood]:
+        return f"the distributions at {[*dict.fromkeys(names)]} are implicit"
+    if masses := pair.local_point_masses:
+        return f"the guide is a point mass at {masses}"
+    return "a density is NaN; the parameters of model or guide are not finite, or a distribution overflows"
 
 
 _OF_BOUND = ("rate", "distortion", "elbo")
@@ -202,6 +209,8 @@ def _shown(name: str, found: HeldOutEstimate) -> dict[str, Any]:
 
 
 def _aggregate(subject: Subject) -> dict[str, Any]:
+    if not subject.pair.local:
+        subject.note("aggregate", 'there is no latent site in the plate "data"')
     if not (_is_guided(subject, "aggregate") and subject.pair.local):
         return {}
     programs, options = subject.programs, subject.options

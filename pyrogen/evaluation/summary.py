@@ -38,6 +38,8 @@ class Evaluation:
         elbo: The evidence lower bound, −(rate + distortion).
         rate: KL(q(z|x) ‖ p(z)).
         distortion: −E log p(x|z).
+        global_rate: KL(q(θ) ‖ p(θ)) of global sites, for the whole data set; the ELBO, which is per observation and
+            given these, is without it.
         active_units: How many latent units are active.
         log_likelihood: By importance sampling, with the guide or with ``explicit_guide``.
         log_likelihood_error: Standard error of that mean, from the spread between observations; NaN for one.
@@ -96,6 +98,7 @@ class Evaluation:
     elbo: float = NAN
     rate: float = NAN
     distortion: float = NAN
+    global_rate: float = NAN
     active_units: int | None = None
     log_likelihood: float = NAN
     log_likelihood_error: float = NAN
@@ -194,6 +197,8 @@ class _Line:
     def text(self, found: Evaluation, width: int) -> str:
         value = getattr(found, self.name)
         figure = value if isinstance(value, str) else _figure(value)
+        if self.name.endswith("p_value") and value < 0.001:
+            figure = "< 0.001"
         error = "" if self.error is None else getattr(found, self.error)
         unit = self.unit.format(**vars(found))
         if self.name == "log_likelihood":
@@ -207,7 +212,7 @@ class _Line:
 def _figure(value: float | int | None) -> str:
     if value is None or value != value:
         return "not defined"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+    return str(value) if isinstance(value, int) else f"{round(value, 3) + 0.0:.3f}"  # + 0.0, for a zero without a sign
 
 
 def _errors(found: Evaluation) -> str:
@@ -228,6 +233,7 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
         _Line("elbo", "ELBO", "nats", optional=False),
         _Line("rate", "rate", "nats", optional=False),
         _Line("distortion", "distortion", "nats", optional=False),
+        _Line("global_rate", "rate of global sites", "nats, once for the whole data set; not in the ELBO"),
         _Line("active_units", "active units", "of {latent_units}", optional=False),
     ),
     "critics": (
@@ -266,8 +272,8 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
         _Line("data_copying", "data copying", "z-score; far below 0 for copies"),
     ),
     "calibration": (
-        _Line("sbc_p_value", "simulation-based calibration", "p-value"),
-        _Line("tarp_p_value", "TARP", "p-value"),
+        _Line("sbc_p_value", "simulation-based calibration", "(p-value)"),
+        _Line("tarp_p_value", "TARP", "(p-value)"),
     ),
     "gap": (
         _Line("approximation_gap", "approximation gap", "nats, of {gap_observations} observations"),
@@ -379,6 +385,10 @@ def evaluate(
         (20, 2)
     """
     started = time.perf_counter()
+    if not isinstance(run, Run):
+        raise TypeError(f"expected run as fit returned it, a Run, got {type(run).__name__}")
+    if features is not None and not callable(features):
+        raise TypeError(f"expected features as a network from observations to vectors, got {features!r}")
     chosen = known_parts(parts)
     x = x.test if isinstance(x, Data) else x
     for name, steps in (("explicit_steps", explicit_steps), ("ratio_steps", ratio_steps)):
@@ -409,7 +419,10 @@ def _check_space(pair: Prepared, features: Any, training: Any) -> None:
     """See that what samples are compared in and with goes with the observations."""
     x = pair.batch[0]
     if features is not None:
-        features_of(features, x=x[:2])
+        try:
+            features_of(features, x=x[:2])
+        except RuntimeError as error:
+            raise ValueError(f"features can't be called with observations {tuple(x.shape[1:])}: {error}") from error
     if training is not None and (not isinstance(training, Tensor) or training.shape[1:] != x.shape[1:]):
         came = tuple(training.shape) if isinstance(training, Tensor) else type(training).__name__
         raise ValueError(f"expected training as a tensor (N, {', '.join(map(str, x.shape[1:]))}) as x is, got {came}")

@@ -264,6 +264,7 @@ def run_evaluate(settings: EvaluateSettings) -> str:
     run = _load(settings.run, settings.trust)
     data = _data_of(run, settings.run, settings)
     rows = getattr(data, settings.split)[: settings.rows]
+    check_counts(rows=settings.rows)
     parts = chosen_parts(settings.parts)
     space = compared_in(data, parts, settings.seed)
     evaluation = evaluate(run, rows, parts=parts, particles=settings.particles, seed=settings.seed, **space)

@@ -177,7 +177,9 @@ class Settings:
 
 def chosen_parts(parts: list[str]) -> list[str]:
     """The parts of an evaluation by these names, of which one may be ``all``."""
-    return known_parts("all" if "all" in parts else parts)
+    others = [part for part in parts if part != "all"]
+    named = known_parts(others) if others or not parts else []
+    return known_parts("all") if "all" in parts else named
 
 
 def _plain(value: Any) -> Any:

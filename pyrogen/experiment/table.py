@@ -229,7 +229,13 @@ class Comparison(pd.DataFrame):
 
     def cells(self, name: str) -> list[str]:
         """A column as it is shown: rounded, and a dash for what is not known."""
-        return ["–" if pd.isna(value) else COLUMNS[name].format.format(value) for value in self[name]]
+        return [self._cell(name, value) for value in self[name]]
+
+    @staticmethod
+    def _cell(name: str, value: Any) -> str:
+        if pd.isna(value):
+            return "–"
+        return "<0.001" if name.endswith("p_value") and value < 0.001 else COLUMNS[name].format.format(value)
 
     def best(self) -> dict[str, list[bool]]:
         r"""Of each column that has better and worse figures, which can't be told from the best.
@@ -284,7 +290,7 @@ class Comparison(pd.DataFrame):
     def _printed(self, names: list[str]) -> str:
         headings = [COLUMNS[name].heading for name in names]
         cells = zip(*(self.cells(name) for name in names), strict=True)
-        return pd.DataFrame([*cells], columns=headings, index=pd.Index(self.index, name=None)).to_string()
+        return pd.DataFrame([*cells], columns=headings, index=self.index.rename(None)).to_string()
 
     def _has(self, name: str) -> bool:
         return name in self.columns and bool(self[name].notna().any())
@@ -296,7 +302,9 @@ class Comparison(pd.DataFrame):
             rows = f"{_span(self['observations'])} {getattr(self, 'evaluated_on', 'rows')}"
             note += f", on {rows}; log p(x) with its standard error, from {_span(self['particles'])} particles"
         note += "."
-        rests = [f"{title} {_span(self[name])} {what}" for name, (title, what) in _RESTS.items() if self._has(name)]
+        rests = [
+            f"{title} {_span(self[name])} {what}".strip() for name, (title, what) in _RESTS.items() if self._has(name)
+        ]
         if rests:
             note += f" Sizes: {'; '.join(rests)}."
         if left_out := getattr(self, "left_out", {}):
@@ -310,8 +318,8 @@ class Comparison(pd.DataFrame):
 
 
 _RESTS = {
-    "sample_size": ("samples on", "samples against as many rows"),
-    "aggregated_observations": ("latent space on the posteriors of", "rows"),
+    "sample_size": ("", "samples against as many rows"),
+    "aggregated_observations": ("q(z) of", "rows"),
     "gap_observations": ("inference gap on", "rows"),
     "annealed_observations": ("annealing on", "rows"),
     "reference_observations": ("NUTS on", "rows"),
