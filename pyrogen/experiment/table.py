@@ -290,7 +290,7 @@ class Comparison(pd.DataFrame):
     def _printed(self, names: list[str]) -> str:
         headings = [COLUMNS[name].heading for name in names]
         cells = zip(*(self.cells(name) for name in names), strict=True)
-        return pd.DataFrame([*cells], columns=headings, index=self.index.rename(None)).to_string()
+        return pd.DataFrame([*cells], columns=headings, index=pd.Index(self.index, name=None)).to_string()
 
     def _has(self, name: str) -> bool:
         return name in self.columns and bool(self[name].notna().any())
