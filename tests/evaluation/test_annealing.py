@@ -104,7 +104,11 @@ LINE = torch.tensor([0.5, -1.0, 2.0])
 KNOWN = {
     "positive": (counts, torch.tensor([0.0, 1.0, 4.0]), lambda x: dist.GammaPoisson(3.0, 2.0).log_prob(x)),
     "hierarchical": (chain, LINE, normal(3.0)),
-    "nested plate": (repeats, torch.randn(3, 3, 2), lambda x: normal(2.0)(x).sum((1, 2))),
+    "nested plate": (
+        repeats,
+        torch.randn(3, 3, 2, generator=torch.Generator().manual_seed(0)),
+        lambda x: normal(2.0)(x).sum((1, 2)),
+    ),
     "masked": (idle, LINE, normal(2.0)),
     "masked values": (idle_values, LINE, normal(3.0)),
     "deterministic": (named, LINE, normal(5.0)),
