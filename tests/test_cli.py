@@ -1,5 +1,6 @@
 """The command: what it writes, what it says, and how it fails."""
 
+import math
 import os
 import re
 import shutil
@@ -187,6 +188,25 @@ def test_fit_evaluate_sample(run, capsys):
     assert before.items() <= contents(run).items()
 
 
+def test_evaluate_keeps_every_part_that_it_finished(run, monkeypatch):
+    def fails(subject):
+        raise RuntimeError("the machine gave up")
+
+    monkeypatch.setitem(pg.evaluation.parts.PARTS, "aggregate", fails)
+    with pytest.raises(RuntimeError, match="gave up"):
+        main(["evaluate", str(run), "--parts", "bound", "aggregate", "--rows", "30"])
+    (entry,) = yaml.safe_load((run / "evaluation.yaml").read_text())
+    assert entry["parts"] == ["bound"] and math.isfinite(entry["elbo"])
+
+
+def test_evaluate_notes_why_figures_are_not_defined(run):
+    for parts in ("samples", "bound"):
+        assert main(["evaluate", str(run), "--parts", parts, "--rows", "3"]) == 0
+    (entry,) = yaml.safe_load((run / "evaluation.yaml").read_text())
+    assert entry["parts"] == ["samples", "bound"]
+    assert [*entry["reasons"]] == ["samples"] and "3" in entry["reasons"]["samples"]
+
+
 def copied(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     return to
@@ -215,7 +235,7 @@ def test_report_of_a_comparison_takes_its_figures(comparison, tmp_path, monkeypa
     table = pd.read_csv(comparison / "table.csv", index_col="guide")
     assert [row[0] for row in rows] == [*table.index]
     shown = [row[head.index("ELBO")] for row in rows]
-    assert shown == [f"−{-elbo:.2f}" for elbo in table["elbo"]]
+    assert shown == [f"−{-elbo:.2f} ± {s:.2f}" for elbo, s in zip(table["elbo"], table["elbo_error"], strict=True)]
     assert "on 20 test rows" in (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
     assert contents(comparison) == before
 

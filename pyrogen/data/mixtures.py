@@ -116,11 +116,15 @@ class GaussianMixture2d:
         """
         if samples.ndim != 2 or samples.shape[1] != 2 or len(samples) == 0:
             raise ValueError(f"expected samples of shape (n, 2) with n at least 1, got {tuple(samples.shape)}")
+        mode, good = self.nearest_modes(samples)
+        return len(mode[good].unique()), float(good.double().mean())
+
+    def nearest_modes(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest mode of each of the points ``(n, 2)``, and whether it is of high quality, both ``(n,)``."""
         # By differences: the matrix-product form of cdist loses the digits that decide about narrow modes.
         distances = torch.cdist(samples, self.means.to(samples), compute_mode="donot_use_mm_for_euclid_dist")
         nearest, mode = distances.min(dim=1)
-        good = nearest < _HIGH_QUALITY * self.scale
-        return len(mode[good].unique()), float(good.double().mean())
+        return mode, nearest < _HIGH_QUALITY * self.scale
 
 
 def ring(modes: int = 8, *, radius: float = 1.0, scale: float = 0.01) -> GaussianMixture2d:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from pyrogen.data import as_float
+from pyrogen.evaluation.errors import standard_error
 from pyrogen.evaluation.features import ROWS, check_sides, class_labels, prepared_batches
 from pyrogen.evaluation.running import check_counts
 from pyrogen.inference.checkpoints import seeded
@@ -110,7 +111,7 @@ def diversity(
             first, second = _pairs((found == k).nonzero()[:, 0], pairs)
             different = 1 - _similarity(samples, first, second, scales, factor)
             means[k] = float(different.mean())
-            errors.append(float(different.std() / math.sqrt(pairs)) if pairs > 1 else math.nan)
+            errors.append(float(standard_error(different)))
     mean, error = sum(means.values()) / len(means), math.hypot(*errors) / len(means)
     return Diversity(mean, error, means, len(samples), pairs, scales, factor * min(samples.shape[2:]))
 

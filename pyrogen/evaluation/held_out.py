@@ -233,8 +233,13 @@ def three_parts(pair: Prepared) -> tuple[Tensor, Tensor, Tensor]:
     count = len(pair.batch[0])
     if count < 3:
         raise ValueError(f"parts to fit to, to stop by and to evaluate need at least 3 observations, got {count}")
-    order, quarter = torch.randperm(count), max(1, count // 4)
-    return order[2 * quarter :], order[quarter : 2 * quarter], order[:quarter]
+    order, few = torch.randperm(count), quarter(pair)
+    return order[2 * few :], order[few : 2 * few], order[:few]
+
+
+def quarter(pair: Prepared) -> int:
+    """How many observations a critic is asked about."""
+    return max(1, len(pair.batch[0]) // 4)
 
 
 def latent_draws(pair: Prepared, chosen: Tensor, total: int, rows: int) -> tuple[Tensor, Tensor]:

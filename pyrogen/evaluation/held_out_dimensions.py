@@ -20,6 +20,7 @@ from pyrogen.evaluation.held_out import (
     calibrated_around,
     default_critic,
     latent_draws,
+    quarter,
     three_parts,
 )
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
@@ -124,7 +125,7 @@ def held_out_dimension_kl_estimate(
         calibration = calibrated_around(float(found.max()), 1, steps, seed, LEARNING_RATE)
         of_sites = zip(shapes.items(), found.split([shape.numel() for shape in shapes.values()]), strict=True)
         dimensions = {name: part.view(shape) for (name, shape), part in of_sites}
-        return HeldOutDimensions(dimensions, calibration, max(1, len(pair.batch[0]) // 4))
+        return HeldOutDimensions(dimensions, calibration, quarter(pair))
 
 
 def held_out_total_correlation_estimate(
@@ -185,8 +186,7 @@ def held_out_total_correlation_estimate(
         )
         learned = float(ratio.log_ratio(held).double().mean())
         calibration = calibrated_around(learned, width, steps, seed, MARGINAL_LEARNING_RATE)
-        count = max(1, len(pair.batch[0]) // 4)
-        return HeldOutEstimate(0.0, {"latents": learned}, {"latents": calibration}, count)
+        return HeldOutEstimate(0.0, {"latents": learned}, {"latents": calibration}, quarter(pair))
 
 
 def _shapes(pair: Prepared) -> dict[str, torch.Size]:

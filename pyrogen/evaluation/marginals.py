@@ -9,7 +9,10 @@ from torch import Tensor
 from pyrogen.evaluation.aggregate import aggregated, check_not_negative, standard_error
 from pyrogen.evaluation.running import ROWS, check_counts
 
-__all__ = ["MarginalKL", "marginal_kl", "mutual_information"]
+__all__ = ["MarginalKL", "is_saturated", "marginal_kl", "mutual_information"]
+
+SATURATED = 1.0
+"""Within how many nats of log N a mutual information is as large as N observations can show."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,12 @@ def mutual_information(
         True
     """
     return marginal_kl(model, guide, x, samples=samples, seed=seed, rows=rows).mutual_information
+
+
+def is_saturated(information: float, observations: int) -> bool:
+    """Whether a mutual information is within a nat of log N: then each draw is known by its own posterior, and more
+    observations would show more information and less of a divergence."""
+    return information > math.log(observations) - SATURATED
 
 
 def _check_bounds(found: MarginalKL) -> None:

@@ -12,9 +12,6 @@ from pyrogen.evaluation.features import ROWS, check_sides, class_probabilities, 
 
 __all__ = ["ModeCoverage", "mode_coverage"]
 
-HIGH_QUALITY = 3.0
-"""Within how many standard deviations of a mode a sample is of high quality."""
-
 
 @dataclass(frozen=True)
 class ModeCoverage:
@@ -97,10 +94,7 @@ def _nearest_means(samples: Tensor, mixture: GaussianMixture2d, rows: int) -> tu
     if samples.shape[1:] != (2,):
         raise ValueError(f"expected samples as points (n, 2), as the mixture's, got {tuple(samples.shape)}")
     (points,) = features_of(None, rows=rows, samples=samples)
-    # By differences: the matrix-product form of cdist loses the digits that decide about narrow modes.
-    distances = torch.cdist(points, mixture.means.to(points), compute_mode="donot_use_mm_for_euclid_dist")
-    nearest, mode = distances.min(1)
-    return mode, nearest < HIGH_QUALITY * mixture.scale
+    return mixture.nearest_modes(points)
 
 
 def _stacked(samples: Tensor, classifier: Callable, rows: int) -> tuple[Tensor, int]:

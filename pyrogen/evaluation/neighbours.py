@@ -9,8 +9,9 @@ from scipy.stats import mannwhitneyu
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from pyrogen.evaluation.errors import share_error
 from pyrogen.evaluation.features import ROWS, features_of
-from pyrogen.evaluation.running import check_counts
+from pyrogen.evaluation.running import check_counts, parts
 
 __all__ = [
     "DataCopying",
@@ -60,6 +61,21 @@ class PrecisionRecall:
             f"{self.density:.3f}, coverage {self.coverage:.3f} (k = {self.density_neighbours}); {self.samples} "
             f"samples, {self.observations} observations"
         )
+
+    @property
+    def precision_error(self) -> float:
+        """The standard error of the precision as a share of samples, with the data held."""
+        return share_error(self.precision, self.samples)
+
+    @property
+    def recall_error(self) -> float:
+        """The standard error of the recall as a share of data, with the samples held."""
+        return share_error(self.recall, self.observations)
+
+    @property
+    def coverage_error(self) -> float:
+        """The standard error of the coverage likewise."""
+        return share_error(self.coverage, self.observations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,7 +339,7 @@ def _nearest(u: Tensor, v: Tensor, count: int) -> Neighbours:
     indices = torch.cat([squares.topk(count, largest=False).indices for _, squares in _blocks(u, v)])
     distances = torch.empty(indices.shape, dtype=u.dtype, device=u.device)
     # By differences, so that the distance of a copy is 0.
-    for part in _parts(len(u), count * u.shape[1]):
+    for part in parts(len(u), count * u.shape[1], PAIRS):
         distances[part] = (u[part].unsqueeze(1) - v[indices[part]]).norm(dim=2)
     order = distances.argsort(dim=1, stable=True)
     return Neighbours(indices.gather(1, order), distances.gather(1, order), len(v))
@@ -349,14 +365,7 @@ def _blocks(u: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
     centre = v.mean(0)
     v = v - centre
     squares_v = v.square().sum(1)
-    for part in _parts(len(u), len(v)):
+    for part in parts(len(u), len(v), PAIRS):
         near = u[part] - centre
         squares = torch.addmm(squares_v, near, v.T, alpha=-2).add_(near.square().sum(1, keepdim=True))
         yield part, squares.clamp_(min=0)
-
-
-def _parts(total: int, width: int) -> Iterator[slice]:
-    """All of so many rows of a width, so many at once that they hold :data:`PAIRS` values."""
-    size = max(1, PAIRS // width)
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))

@@ -13,6 +13,7 @@ from pyrogen.evaluation.annealing import annealing, bidirectional_monte_carlo
 from pyrogen.evaluation.class_diversity import diversity
 from pyrogen.evaluation.critics import critic_estimates
 from pyrogen.evaluation.dimensions import total_correlation
+from pyrogen.evaluation.errors import standard_error
 from pyrogen.evaluation.explicit import explicit_guide
 from pyrogen.evaluation.gaps import inference_gap
 from pyrogen.evaluation.held_out import HeldOutEstimate, held_out_marginal_kl_estimate, held_out_rate_estimate
@@ -25,7 +26,8 @@ from pyrogen.evaluation.rates import rate_distortion
 from pyrogen.evaluation.reference import nuts
 from pyrogen.evaluation.running import Prepared
 from pyrogen.evaluation.samples import posterior_samples, sample
-from pyrogen.evaluation.simulation_based import simulation_based_calibration, tarp
+from pyrogen.evaluation.simulation_based import simulation_based_calibration
+from pyrogen.evaluation.tarp import tarp
 from pyrogen.evaluation.two_samples import c2st, sliced_wasserstein
 from pyrogen.evaluation.units import active_units
 from pyrogen.evaluation.visible import frechet_distance, inception_score, kernel_distance
@@ -114,6 +116,7 @@ def _bound(subject: Subject) -> dict[str, Any]:
         return {}
     split = rate_distortion(*subject.programs, subject.x, **subject.options)
     found: dict[str, Any] = {name: float(getattr(split, name).double().mean()) for name in _OF_BOUND}
+    found["elbo_error"] = float(standard_error(split.elbo.double()))
     if subject.pair.has_global:
         found["global_rate"] = float(split.global_rate)
     if math.isnan(found["elbo"]):
@@ -145,7 +148,7 @@ def _likelihood(subject: Subject) -> dict[str, Any]:
     mean = float(values.mean())
     figures = {
         "log_likelihood": mean,
-        "log_likelihood_error": float(values.std() / math.sqrt(count)) if count > 1 else math.nan,
+        "log_likelihood_error": float(standard_error(values)),
         # Observations that share draws of global sites err together.
         "monte_carlo_error": float(errors.mean() if pair.has_global else errors.square().sum().sqrt() / count),
         "effective_sample_size": float(found.effective_sample_size.median()),
@@ -282,17 +285,26 @@ def _samples(subject: Subject) -> dict[str, Any]:
         if (result := subject.defined("samples", find)) is not None:
             found.update({name: float(getattr(result, attribute)) for name, attribute in names.items()})
 
-    quality = ("precision", "recall", "density", "coverage")
+    shares = ("precision", "recall", "coverage")
+    quality = ("density", *shares, *(f"{share}_error" for share in shares))
     add(lambda: precision_recall(made, x, features), **{name: name for name in quality})
-    add(lambda: frechet_distance(made, x, features), frechet_distance="distance")
+    add(
+        lambda: frechet_distance(made, x, features),
+        frechet_distance="distance",
+        frechet_distance_error="error",
+    )
     size = min(1000, len(x) // 2)  # all of them make the same subset every time
     add(
         lambda: kernel_distance(made, x, features, subset_size=size, seed=subject.seed),
         kernel_distance="distance",
-        kernel_distance_deviation="deviation",
+        kernel_distance_error="error",
     )
     if hasattr(features, "probabilities"):
-        add(lambda: inception_score(made, features, seed=subject.seed), inception_score="score")
+        add(
+            lambda: inception_score(made, features, seed=subject.seed),
+            inception_score="score",
+            inception_score_error="error",
+        )
         if made.dim() == 4:
             add(
                 lambda: diversity(made, features, seed=subject.seed),

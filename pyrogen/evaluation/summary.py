@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrogen.data import Data
 from pyrogen.evaluation.features import features_of
+from pyrogen.evaluation.marginals import is_saturated
 from pyrogen.evaluation.parts import DEFAULT, PARTS, Subject, known_parts
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.run import Run
@@ -24,9 +25,9 @@ NAN = math.nan
 class Evaluation:
     """What :func:`evaluate` found; figures are means over the observations, in nats unless said.
 
-    A figure that is not defined, such as a rate with a point mass for a posterior, is NaN, and a count None. So is one
-    that is not known, such as the rate of an implicit guide, and one of a part that was not asked for. What critics
-    report has ``estimate`` in its name, and is no bound on anything.
+    Names with ``_error`` are standard errors. A figure that is not defined, such as a rate with a point mass for a
+    posterior, is NaN, and a count None. So is one that is not known, such as the rate of an implicit guide, and one of
+    a part that was not asked for. What critics report has ``estimate`` in its name, and is no bound on anything.
 
     Attributes:
         observations: How many there are.
@@ -35,7 +36,8 @@ class Evaluation:
         seconds: Time taken.
         seconds_of: Time taken by each part.
         reasons: Why figures are not defined, by part.
-        elbo: The evidence lower bound, −(rate + distortion).
+        elbo: The evidence lower bound, −(rate + distortion), with its standard error from the spread between
+            observations.
         rate: KL(q(z|x) ‖ p(z)).
         distortion: −E log p(x|z).
         global_rate: KL(q(θ) ‖ p(θ)) of global sites, for the whole data set; the ELBO, which is per observation and
@@ -70,8 +72,7 @@ class Evaluation:
             between equal laws.
         precision, recall, density, coverage: Of as many samples as observations, see :func:`precision_recall
             <pyrogen.evaluation.precision_recall>`.
-        frechet_distance, kernel_distance: Between the features of samples and observations, the second with its
-            standard deviation over subsets.
+        frechet_distance, kernel_distance: Between the features of samples and observations.
         inception_score, sample_diversity, data_diversity: By a classifier of the data.
         data_copying: A z-score, far below 0 where samples are copies of the training data.
         sample_size: How many samples these rest on.
@@ -96,6 +97,7 @@ class Evaluation:
     seconds_of: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     elbo: float = NAN
+    elbo_error: float = NAN
     rate: float = NAN
     distortion: float = NAN
     global_rate: float = NAN
@@ -128,13 +130,18 @@ class Evaluation:
     mmd: float = NAN
     mmd_p_value: float = NAN
     precision: float = NAN
+    precision_error: float = NAN
     recall: float = NAN
+    recall_error: float = NAN
     density: float = NAN
     coverage: float = NAN
+    coverage_error: float = NAN
     frechet_distance: float = NAN
+    frechet_distance_error: float = NAN
     kernel_distance: float = NAN
-    kernel_distance_deviation: float = NAN
+    kernel_distance_error: float = NAN
     inception_score: float = NAN
+    inception_score_error: float = NAN
     sample_diversity: float = NAN
     sample_diversity_error: float = NAN
     data_diversity: float = NAN
@@ -157,10 +164,9 @@ class Evaluation:
     reference_observations: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures by name, for a row of a table."""
+        """The figures by name, for a row of a table, with the reasons for those that are not defined."""
         figures = dataclasses.asdict(self)
-        for name in ("seconds_of", "reasons"):
-            del figures[name]
+        del figures["seconds_of"]
         return figures
 
     def __str__(self) -> str:
@@ -186,12 +192,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Line:
-    """A printed figure: its field, what it is called, its unit, in which ``{...}`` are other fields, and its error."""
+    """A printed figure: its field, what it is called, its unit, in which ``{...}`` are other fields, its error, and
+    what more is to be said of it."""
 
     name: str
     label: str
     unit: str = ""
     error: str | None = None
+    more: Callable[[Evaluation], str] | None = None
     optional: bool = True
 
     def text(self, found: Evaluation, width: int) -> str:
@@ -199,14 +207,11 @@ class _Line:
         figure = value if isinstance(value, str) else _figure(value)
         if self.name.endswith("p_value") and value < 0.001:
             figure = "< 0.001"
-        error = "" if self.error is None else getattr(found, self.error)
-        unit = self.unit.format(**vars(found))
-        if self.name == "log_likelihood":
-            unit = f"{unit} {_errors(found)}"
-        elif self.error is not None and error == error:
-            what, comma, more = unit.partition(",")
-            unit = f"{what} ± {error:.3f}{comma}{more}"
-        return f"{self.label:<{width}}  {figure:>12}  {unit}".rstrip()
+        what, comma, rest = self.unit.format(**vars(found)).partition(",")
+        error = math.nan if self.error is None else getattr(found, self.error)
+        spread = "" if error != error else f" ± {error:.3f}"
+        more = "" if self.more is None else self.more(found)
+        return f"{self.label:<{width}}  {figure:>12}  {f'{what}{spread}{comma}{rest}{more}'.strip()}".rstrip()
 
 
 def _figure(value: float | int | None) -> str:
@@ -219,18 +224,25 @@ def _errors(found: Evaluation) -> str:
     if math.isnan(found.log_likelihood):
         return ""
     data, draws = found.log_likelihood_error, found.monte_carlo_error
-    return ", ".join(f"± {error:.3f} ({of})" for error, of in ((data, "data"), (draws, "particles")) if error == error)
+    return ",".join(f" ± {error:.3f} ({of})" for error, of in ((data, "data"), (draws, "particles")) if error == error)
+
+
+def _ceiling(found: Evaluation) -> str:
+    rows = found.aggregated_observations
+    if rows is None or not is_saturated(found.mutual_information, rows):
+        return ""
+    return f", at most that: mutual information is at its ceiling, log N = {math.log(rows):.2f}"
 
 
 _SHOWN: dict[str, tuple[_Line, ...]] = {
     "likelihood": (
-        _Line("log_likelihood", "log-likelihood", "nats", optional=False),
+        _Line("log_likelihood", "log-likelihood", "nats", more=_errors, optional=False),
         _Line("bits_per_dimension", "bits per dimension", "bits"),
         _Line("effective_sample_size", "effective sample size", "of {particles} particles (median)", optional=False),
         _Line("pareto_k", "Pareto k", "(median), above 0.7 for {pareto_k_untrusted:.0%} of observations"),
     ),
     "bound": (
-        _Line("elbo", "ELBO", "nats", optional=False),
+        _Line("elbo", "ELBO", "nats", "elbo_error", optional=False),
         _Line("rate", "rate", "nats", optional=False),
         _Line("distortion", "distortion", "nats", optional=False),
         _Line("global_rate", "rate of global sites", "nats, once for the whole data set; not in the ELBO"),
@@ -253,20 +265,20 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
             "nats, of {aggregated_observations} observations",
             "mutual_information_error",
         ),
-        _Line("marginal_kl", "marginal KL", "nats", "marginal_kl_error"),
+        _Line("marginal_kl", "marginal KL", "nats", "marginal_kl_error", more=_ceiling),
         _Line("total_correlation", "total correlation", "nats, of that", "total_correlation_error"),
         _Line("dimension_wise_kl", "dimension-wise KL", "nats, of that"),
         _Line("prior_holes", "prior holes", "of the prior, {prior_holes_level} without any", "prior_holes_error"),
         _Line("mmd_p_value", "q(z) = p(z)", "(p-value; MMD² {mmd:.4f})"),
     ),
     "samples": (
-        _Line("precision", "precision", "of {sample_size} samples"),
-        _Line("recall", "recall"),
+        _Line("precision", "precision", ", of {sample_size} samples", "precision_error"),
+        _Line("recall", "recall", error="recall_error"),
         _Line("density", "density"),
-        _Line("coverage", "coverage"),
-        _Line("frechet_distance", "Fréchet distance", "of {sample_size} samples"),
-        _Line("kernel_distance", "kernel distance", "(deviation over subsets)", "kernel_distance_deviation"),
-        _Line("inception_score", "Inception Score"),
+        _Line("coverage", "coverage", error="coverage_error"),
+        _Line("frechet_distance", "Fréchet distance", ", of {sample_size} samples", "frechet_distance_error"),
+        _Line("kernel_distance", "kernel distance", error="kernel_distance_error"),
+        _Line("inception_score", "Inception Score", error="inception_score_error"),
         _Line("sample_diversity", "diversity", "(1 − MS-SSIM)", "sample_diversity_error"),
         _Line("data_diversity", "diversity of the data"),
         _Line("data_copying", "data copying", "z-score; far below 0 for copies"),
@@ -311,6 +323,7 @@ def evaluate(
     ratio_steps: int = 500,
     seed: int = 0,
     rows: int = ROWS,
+    after_part: Callable[[Evaluation], Any] | None = None,
 ) -> Evaluation:
     r"""Evaluate a run on observations it was not trained on.
 
@@ -364,6 +377,7 @@ def evaluate(
             calibrations; 0 leaves these out.
         seed: Of the draws; the caller's random state is left as it was.
         rows: How many rows, copies counted, go through the programs at once.
+        after_part: Called after each part with all that was found until then, to show it or to keep it.
 
     Returns:
         The figures; ``print`` shows them as a table.
@@ -398,21 +412,21 @@ def evaluate(
         units = _latent_units(pair)
     _check_space(pair, features, training)
     subject = Subject(run, pair, particles, explicit_steps, ratio_steps, features, training, seed, rows)
-    figures: dict[str, Any] = {}
-    seconds = {}
+    found = Evaluation(len(pair.batch[0]), units, particles, seconds=0.0)
     for name in chosen:
         before = time.perf_counter()
-        figures |= subject.defined(name, lambda: PARTS[name](subject)) or {}  # noqa: B023
-        seconds[name] = time.perf_counter() - before
-    return Evaluation(
-        observations=len(pair.batch[0]),
-        latent_units=units,
-        particles=particles,
-        seconds=time.perf_counter() - started,
-        seconds_of=seconds,
-        reasons={name: "; ".join(reasons) for name, reasons in subject.reasons.items()},
-        **figures,
-    )
+        figures = subject.defined(name, lambda: PARTS[name](subject)) or {}  # noqa: B023
+        now = time.perf_counter()
+        found = dataclasses.replace(
+            found,
+            seconds=now - started,
+            seconds_of=found.seconds_of | {name: now - before},
+            reasons={part: "; ".join(reasons) for part, reasons in subject.reasons.items()},
+            **figures,
+        )
+        if after_part is not None:
+            after_part(found)
+    return found
 
 
 def _check_space(pair: Prepared, features: Any, training: Any) -> None:

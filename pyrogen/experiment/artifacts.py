@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrogen.data import as_float
 from pyrogen.evaluation import posterior_samples, reconstruct, sample, to_arviz
-from pyrogen.evaluation.inference_data import assemble
+from pyrogen.evaluation.frames import assemble, datasets_of
 from pyrogen.experiment import figures
 from pyrogen.experiment.report import write_report
 from pyrogen.experiment.report_blocks import labels_of
@@ -127,7 +127,7 @@ def join_posteriors(trees: Mapping[str, Any]) -> Any:
     Args:
         trees: By name of the fit, what :func:`pyrogen.to_arviz` returned for the same rows.
     """
-    parts = {name: _groups(tree) for name, tree in trees.items()}
+    parts = {name: datasets_of(tree) for name, tree in trees.items()}
     joined = {}
     for group in dict.fromkeys(group for groups in parts.values() for group in groups):
         having = {name: groups[group] for name, groups in parts.items() if group in groups}
@@ -139,9 +139,3 @@ def join_posteriors(trees: Mapping[str, Any]) -> Any:
         joined[group] = dataset.reindex(fit=[*parts])
     first = next(iter(trees.values()))
     return assemble(joined, major=1 if isinstance(first, xarray.DataTree) else 0)
-
-
-def _groups(tree: Any) -> dict[str, xarray.Dataset]:
-    if isinstance(tree, xarray.DataTree):
-        return {name: node.to_dataset() for name, node in tree.children.items()}
-    return {name: tree[name] for name in tree.groups()}

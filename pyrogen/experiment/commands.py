@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from rich.console import Console
 from torchvision.utils import make_grid, save_image
 
 from pyrogen import data as data_sets
@@ -266,10 +267,18 @@ def run_evaluate(settings: EvaluateSettings) -> str:
     rows = getattr(data, settings.split)[: settings.rows]
     check_counts(rows=settings.rows)
     parts = chosen_parts(settings.parts)
-    space = compared_in(data, parts, settings.seed)
-    evaluation = evaluate(run, rows, parts=parts, particles=settings.particles, seed=settings.seed, **space)
-    _note_evaluation(Path(settings.run), run, data, settings, evaluation)
-    return str(evaluation)
+    console = Console(stderr=True)
+    with console.status("preparing") as shown:
+
+        def after_part(found: Evaluation) -> None:
+            _note_evaluation(Path(settings.run), run, data, settings, found)
+            if following := [*parts[len(found.seconds_of) :], None][0]:
+                shown.update(f"{following}, part {len(found.seconds_of) + 1} of {len(parts)}")
+
+        space = compared_in(data, parts, settings.seed)
+        shown.update(f"{parts[0]}, part 1 of {len(parts)}")
+        options: dict[str, Any] = {"particles": settings.particles, "seed": settings.seed}
+        return str(evaluate(run, rows, parts=parts, after_part=after_part, **options, **space))
 
 
 def _note_evaluation(
@@ -284,7 +293,10 @@ def _note_evaluation(
     others = [other for other in known if any(other.get(key) != entry[key] for key in keys)]
     for same in (other for other in known if other not in others):
         known_now = {name: value for name, value in entry.items() if value is not None and value == value}
-        entry = same | known_now | {"parts": [*dict.fromkeys([*same["parts"], *entry["parts"]])]}
+        others_said = {part: why for part, why in same.get("reasons", {}).items() if part not in entry["parts"]}
+        entry = same | known_now
+        entry["parts"] = [*dict.fromkeys([*same["parts"], *evaluation.seconds_of])]
+        entry["reasons"] = others_said | evaluation.reasons
     with atomically(path) as temporary:
         temporary.write_text(yaml.safe_dump([*others, entry], sort_keys=False), encoding="utf-8")
     return entry

@@ -221,22 +221,14 @@ def _configuration(run: Run) -> str:
 
 def _tables(table: Comparison) -> list[Table]:
     best = table.best()
-    errors = {COLUMNS[name].error for names in table.sections().values() for name in names}
     found = []
     for title, names in table.sections().items():
-        shown = [name for name in names if name not in errors]
         columns = []
-        for name in shown:
-            texts, error = table.cells(name), COLUMNS[name].error
-            if error in names:
-                texts = [
-                    text if "–" in (text, spread) else f"{text} ± {spread}"
-                    for text, spread in zip(texts, table.cells(error), strict=True)
-                ]
+        for name in names:
             marks = best.get(name, [False] * len(table))
-            columns.append([Cell(_minus(text), mark) for text, mark in zip(texts, marks, strict=True)])
+            columns.append([Cell(_minus(text), mark) for text, mark in zip(table.cells(name), marks, strict=True)])
         rows = [list(cells) for cells in zip(*columns, strict=True)]
-        found.append(Table(title, [COLUMNS[name].heading for name in shown], rows))
+        found.append(Table(title, [COLUMNS[name].heading for name in names], rows))
     return found
 
 

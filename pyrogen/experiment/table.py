@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from pyrogen.evaluation.marginals import is_saturated
 from pyrogen.inference import Run
 
 __all__ = ["COLUMNS", "Column", "Comparison", "row_of", "slug"]
@@ -27,7 +28,7 @@ class Column:
         section: The part of the table to which it belongs.
         best: Which figures are the better ones; None where neither are: for a trade-off, for what critics report, which
             bounds nothing, and for figures that can't be compared from one fit to another.
-        error: The column of its standard errors, if there is one.
+        error: The column of its standard errors, if there is one, which stand beside it.
         of_observations: Whether it is a log-density of observations: in nats these can be compared only where all are
             densities, or all are probabilities.
         about: What it is, in a line, for a report.
@@ -52,7 +53,6 @@ COLUMNS: dict[str, Column] = {
         of_observations=True,
         about="log-likelihood of the rows, by importance sampling, with the standard error of its mean over them",
     ),
-    "log_likelihood_error": Column("±"),
     "explicit_guide": Column(
         "log p(x) by",
         "{} guide, fitted afterwards",
@@ -61,6 +61,7 @@ COLUMNS: dict[str, Column] = {
     "elbo": Column(
         "ELBO",
         best="highest",
+        error="elbo_error",
         of_observations=True,
         about="evidence lower bound, −(rate + distortion), whatever was optimised",
     ),
@@ -90,15 +91,12 @@ COLUMNS: dict[str, Column] = {
     "mutual_information": Column(
         "mutual information", section=_LATENT, error="mutual_information_error", about="I(x; z) of the guide, in nats"
     ),
-    "mutual_information_error": Column("±", section=_LATENT),
     "marginal_kl": Column(
         "marginal KL", section=_LATENT, best="lowest", error="marginal_kl_error", about="KL(q(z) ‖ p(z)), in nats"
     ),
-    "marginal_kl_error": Column("±", section=_LATENT),
     "total_correlation": Column(
         "total correlation", section=_LATENT, error="total_correlation_error", about="KL(q(z) ‖ ∏ q(z_j)), a part of it"
     ),
-    "total_correlation_error": Column("±", section=_LATENT),
     "dimension_wise_kl": Column("dimension-wise KL", section=_LATENT, about="Σ KL(q(z_j) ‖ p(z_j)), the other part"),
     "prior_holes": Column(
         "prior holes",
@@ -108,27 +106,51 @@ COLUMNS: dict[str, Column] = {
         error="prior_holes_error",
         about="the share of the prior's mass where there is hardly any of q(z)",
     ),
-    "prior_holes_error": Column("±", "{:.3f}", section=_LATENT),
     "mmd_p_value": Column(
         "q(z) = p(z), p", "{:.3f}", section=_LATENT, about="the p-value of that, by the maximum mean discrepancy"
     ),
-    "precision": Column("precision", "{:.3f}", _SAMPLES, "highest", about="the share of samples that lie among data"),
-    "recall": Column("recall", "{:.3f}", _SAMPLES, "highest", about="the share of data that lie among samples"),
+    "precision": Column(
+        "precision",
+        "{:.3f}",
+        _SAMPLES,
+        "highest",
+        error="precision_error",
+        about="the share of samples that lie among data",
+    ),
+    "recall": Column(
+        "recall", "{:.3f}", _SAMPLES, "highest", error="recall_error", about="the share of data that lie among samples"
+    ),
     "density": Column("density", "{:.3f}", _SAMPLES, about="how densely data lie around samples; 1 for more data"),
-    "coverage": Column("coverage", "{:.3f}", _SAMPLES, "highest", about="the share of data with a sample nearby"),
+    "coverage": Column(
+        "coverage",
+        "{:.3f}",
+        _SAMPLES,
+        "highest",
+        error="coverage_error",
+        about="the share of data with a sample nearby",
+    ),
     "frechet_distance": Column(
         "Fréchet distance",
         "{:.2f}",
         _SAMPLES,
         "lowest",
+        error="frechet_distance_error",
         about="FID, between features where there is a network for these, otherwise between values",
     ),
-    "kernel_distance": Column("kernel distance", "{:.4f}", _SAMPLES, "lowest", about="KID, likewise"),
-    "inception_score": Column("Inception Score", "{:.2f}", _SAMPLES, "highest", about="by a classifier of the data"),
+    "kernel_distance": Column(
+        "kernel distance", "{:.4f}", _SAMPLES, "lowest", error="kernel_distance_error", about="KID, likewise"
+    ),
+    "inception_score": Column(
+        "Inception Score",
+        "{:.2f}",
+        _SAMPLES,
+        "highest",
+        error="inception_score_error",
+        about="by a classifier of the data",
+    ),
     "sample_diversity": Column(
         "diversity", "{:.3f}", _SAMPLES, error="sample_diversity_error", about="1 − MS-SSIM of pairs of samples"
     ),
-    "sample_diversity_error": Column("±", "{:.3f}", _SAMPLES),
     "data_copying": Column(
         "data copying", "{:.1f}", _SAMPLES, about="a z-score, far below 0 for copies of training data"
     ),
@@ -138,7 +160,6 @@ COLUMNS: dict[str, Column] = {
         error="wasserstein_error",
         about="the distance of samples to data by a critic fitted afterwards; no bound",
     ),
-    "wasserstein_error": Column("±", section=_SAMPLES),
     "pareto_k": Column("Pareto k", section=_POSTERIOR, about="the median; up to 0.7 importance weights can be trusted"),
     "pareto_k_untrusted": Column("k > 0.7", "{:.0%}", _POSTERIOR, about="the share of rows with a larger one"),
     "sbc_p_value": Column(
@@ -160,7 +181,6 @@ COLUMNS: dict[str, Column] = {
         of_observations=True,
         about="without a guide, of the first rows, with the standard error from the number of chains",
     ),
-    "annealed_log_likelihood_error": Column("±", section=_ANNEALING),
     "annealing_gap": Column(
         "gap of bounds", section=_ANNEALING, about="between both bounds, on simulated observations"
     ),
@@ -210,7 +230,8 @@ class Comparison(pd.DataFrame):
     ) -> "Comparison":
         """The table of rows in the order of the runs."""
         table = cls(rows, index=pd.Index([*runs], name="guide"))
-        shown = [name for name in COLUMNS if name in table.columns]
+        pairs = ((name, column.error) for name, column in COLUMNS.items())
+        shown = [name for pair in pairs for name in pair if name in table.columns]
         table = table[shown + [name for name in table.columns if name not in shown]]
         table.runs, table.evaluated_on, table.left_out = runs, evaluated_on, left_out or {}
         return table
@@ -228,14 +249,22 @@ class Comparison(pd.DataFrame):
         return found
 
     def cells(self, name: str) -> list[str]:
-        """A column as it is shown: rounded, and a dash for what is not known."""
-        return [self._cell(name, value) for value in self[name]]
+        """A column as it is shown: rounded, with standard errors, and a dash for what is not known."""
+        column = COLUMNS[name]
+        errors = self[column.error] if column.error in self.columns else [math.nan] * len(self)
+        figures = self._figures(name)
+        return [
+            figure if pd.isna(error) or figure == "–" else f"{figure} ± {column.format.format(error)}"
+            for figure, error in zip(figures, errors, strict=True)
+        ]
 
-    @staticmethod
-    def _cell(name: str, value: Any) -> str:
-        if pd.isna(value):
-            return "–"
-        return "<0.001" if name.endswith("p_value") and value < 0.001 else COLUMNS[name].format.format(value)
+    def _figures(self, name: str) -> list[str]:
+        column = COLUMNS[name]
+        few = name.endswith("p_value")
+        return [
+            "–" if pd.isna(value) else "<0.001" if few and value < 0.001 else column.format.format(value)
+            for value in self[name]
+        ]
 
     def best(self) -> dict[str, list[bool]]:
         r"""Of each column that has better and worse figures, which can't be told from the best.
@@ -246,8 +275,9 @@ class Comparison(pd.DataFrame):
         .. math:: |v_i - v_b| \le 2 \sqrt{s_i^2 + s_b^2}
 
         Fits evaluated on the same rows err together, so that more are called the best than would be by the errors of
-        their differences. A column is left out where its figures can't be compared: with fewer than two fits, or with
-        log-densities of some fits beside log-probabilities of others.
+        their differences. A column is left out where its figures can't be compared: with fewer than two fits, with
+        log-densities of some fits beside log-probabilities of others, bounds where q(θ) of global sites has a
+        divergence besides, and marginal divergences where mutual information is all that the rows can show.
 
         Example:
             >>> rows = [{"log_likelihood": v, "log_likelihood_error": 0.3} for v in (-22.6, -23.1, -25.0)]
@@ -261,8 +291,19 @@ class Comparison(pd.DataFrame):
         known = self[self[name].notna()]
         if column.best is None or len(known) < 2:
             return False
+        if name == "elbo" and self._has("global_rate"):
+            return False
+        if name == "marginal_kl" and self._saturated():
+            return False
         discrete = known["bits_per_dimension"].notna() if "bits_per_dimension" in known else pd.Series([True])
         return not column.of_observations or discrete.nunique() == 1
+
+    def _saturated(self) -> list[float]:
+        """What mutual information can't exceed, of the fits where it is about as much."""
+        if not (self._has("mutual_information") and self._has("aggregated_observations")):
+            return []
+        pairs = self[["mutual_information", "aggregated_observations"]].dropna().to_numpy(dtype=float)
+        return [math.log(rows) for information, rows in pairs if is_saturated(information, int(rows))]
 
     def _best(self, name: str, column: Column) -> list[bool]:
         values = self[name].to_numpy(dtype=float)
@@ -273,7 +314,7 @@ class Comparison(pd.DataFrame):
             near = np.abs(values - values[place]) <= 2 * np.hypot(errors, errors[place])
         else:
             near = np.zeros(len(values), dtype=bool)
-        shown = self.cells(name)
+        shown = self._figures(name)
         return [bool(is_near) or text == shown[place] for is_near, text in zip(near, shown, strict=True)]
 
     def __repr__(self) -> str:
@@ -307,6 +348,12 @@ class Comparison(pd.DataFrame):
         ]
         if rests:
             note += f" Sizes: {'; '.join(rests)}."
+        if ceilings := self._saturated():
+            most = " or ".join(dict.fromkeys(f"{ceiling:.2f}" for ceiling in sorted(ceilings)))
+            note += (
+                f" Mutual information of so many rows is at most log N = {most}: where it is near that, marginal KL "
+                "and total correlation are too large."
+            )
         if left_out := getattr(self, "left_out", {}):
             note += f" Left out, for want of a density that the objective needs: {', '.join(left_out)}."
         if any(self._has(name) for name in _ESTIMATES):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 
 import pytest
 import torch
@@ -30,6 +31,17 @@ def test_the_reference_implementation(width, monkeypatch):
     assert found.coverage == pytest.approx(by_five["coverage"], abs=1e-4)
     assert 0 < found.precision < 1 and 0 < found.coverage < 1
     assert "(k = 5); 700 samples, 501 observations" in str(found)
+
+
+def test_shares_have_errors():
+    """Of 300 samples and 500 rows, by the formula of a share; none of a few is not certainty."""
+    u, v = torch.randn(300, 2), torch.randn(500, 2)
+    found = precision_recall(u, v)
+    for name, count in (("precision", 300), ("recall", 500), ("coverage", 500)):
+        share = getattr(found, name)
+        expected = math.sqrt(share * (1 - share) / count)
+        assert getattr(found, f"{name}_error") == pytest.approx(expected, rel=0.05), name
+    assert precision_recall(u + 100, v).precision == 0 < precision_recall(u + 100, v).precision_error
 
 
 def test_features_are_what_is_compared():

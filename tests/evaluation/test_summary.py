@@ -7,7 +7,7 @@ import torch
 
 from pyrogen.data import Data, LinearGaussian
 from pyrogen.distributions import Bernoulli, StandardNormal
-from pyrogen.evaluation import evaluate, marginal_kl
+from pyrogen.evaluation import Evaluation, evaluate, marginal_kl
 from pyrogen.evaluation import parts as parts_of_an_evaluation
 from pyrogen.evaluation.dimensions import total_correlation
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide
@@ -130,6 +130,20 @@ class TestParts:
         assert math.isfinite(found.rate) and math.isfinite(found.marginal_kl) and math.isnan(found.log_likelihood)
         assert "aggregate" in str(found).splitlines()[0] or "bound" in str(found).splitlines()[0]
         assert "log-likelihood" not in str(found)
+
+    def test_what_was_found_is_handed_over_after_each(self, ppca, wide, make_run):
+        model, x = ppca
+        seen: list[Evaluation] = []
+        found = evaluate(make_run(model, wide, x), x[:20], parts=["aggregate", "bound"], after_part=seen.append)
+        assert [[*each.seconds_of] for each in seen] == [["bound"], ["bound", "aggregate"]]
+        assert seen[0].rate == found.rate and math.isnan(seen[0].marginal_kl) and seen[1] is found
+
+    def test_mutual_information_at_its_ceiling_is_said(self, ppca, exact, make_run):
+        model, x = ppca
+        run = make_run(model, exact, x)
+        few, many = (evaluate(run, x[:count], parts="aggregate") for count in (3, 200))
+        assert few.mutual_information > math.log(3) - 1 and "ceiling, log N = 1.10" in str(few)
+        assert many.mutual_information < math.log(200) - 1 and "ceiling" not in str(many)
 
     def test_each_gives_what_its_function_gives(self, ppca, wide, make_run):
         model, x = ppca

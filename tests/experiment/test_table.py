@@ -22,7 +22,7 @@ def of(**columns: list[Any]) -> Comparison:
 def test_columns_are_of_the_evaluation():
     fields = {*Evaluation.__dataclass_fields__, "parameters"}
     assert COLUMNS.keys() <= fields
-    assert all(column.error is None or column.error in COLUMNS for column in COLUMNS.values())
+    assert all(column.error is None or column.error in fields for column in COLUMNS.values())
 
 
 @pytest.mark.parametrize("name", [name for name, column in COLUMNS.items() if column.best])
@@ -63,6 +63,29 @@ def test_densities_are_not_held_against_probabilities():
     # A fit without a log-likelihood, such as a GAN, is no reason.
     figures = {"log_likelihood": [-19.0, math.nan, -20.0]}
     assert of(**figures, bits_per_dimension=[0.5, math.nan, 0.6]).best() == {"log_likelihood": [True, False, False]}
+
+
+def test_bounds_beside_a_divergence_of_global_sites_have_no_best():
+    elbo = {"elbo": [-20.0, -21.0], "log_likelihood": [-19.0, -20.0]}
+    assert [*of(**elbo, global_rate=[3.0, math.nan]).best()] == ["log_likelihood"]
+    assert [*of(**elbo, global_rate=[math.nan, math.nan]).best()] == ["log_likelihood", "elbo"]
+
+
+def test_mutual_information_at_its_ceiling_is_said():
+    figures: dict[str, list[Any]] = {"marginal_kl": [16.0, 9.0], "aggregated_observations": [10_000, 10_000]}
+    table = of(**figures, mutual_information=[9.18, 5.0])
+    assert table.best() == {} and "at most log N = 9.21: where it is near that, marginal KL" in table.note()
+    table = of(**figures, mutual_information=[8.0, 5.0])
+    assert table.best() == {"marginal_kl": [False, True]} and "log N" not in table.note()
+
+
+def test_errors_stand_beside_their_figures():
+    table = of(
+        elbo=[-20.0, -21.0], elbo_error=[0.125, math.nan], precision=[0.5, math.nan], precision_error=[0.01, 0.1]
+    )
+    assert table.cells("elbo") == ["-20.00 ± 0.12", "-21.00"]
+    assert table.cells("precision") == ["0.500 ± 0.010", "–"]
+    assert [*table.columns] == ["elbo", "elbo_error", "precision", "precision_error"]
 
 
 def wide(monkeypatch) -> Comparison:
