@@ -39,9 +39,11 @@ from pyrogen.evaluation.prior_match import MeanDiscrepancy, PriorHoles, mmd, pri
 from pyrogen.evaluation.rates import RateDistortion, rate_distortion
 from pyrogen.evaluation.reference import ReferencePosterior, nuts
 from pyrogen.evaluation.samples import posterior_samples, prior_samples, reconstruct, sample
-from pyrogen.evaluation.simulation_based import TARP, SimulationBasedCalibration, simulation_based_calibration, tarp
+from pyrogen.evaluation.simulation_based import SimulationBasedCalibration, UnitRanks, simulation_based_calibration
 from pyrogen.evaluation.summary import Evaluation, evaluate
+from pyrogen.evaluation.tarp import TARP, tarp
 from pyrogen.evaluation.two_samples import C2ST, c2st, sliced_wasserstein
+from pyrogen.evaluation.uniform_ranks import ecdf_band
 from pyrogen.evaluation.units import ActiveUnits, active_units
 from pyrogen.evaluation.visible import (
     FrechetDistance,
@@ -85,6 +87,7 @@ __all__ = [
     "ReferencePosterior",
     "SimulationBasedCalibration",
     "TotalCorrelation",
+    "UnitRanks",
     "WassersteinCritic",
     "active_units",
     "annealed_importance_sampling",
@@ -97,6 +100,7 @@ __all__ = [
     "data_copying",
     "diagnose",
     "diversity",
+    "ecdf_band",
     "evaluate",
     "explicit_guide",
     "feature_classifier",

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from scipy import stats
 from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError
@@ -18,10 +17,11 @@ from pyrogen.evaluation.running import Prepared, parts, prepared
 from pyrogen.evaluation.single_values import marginal_log_prob
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.draws import draw_only
+from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.matching import check_unmasked
 from pyrogen.inference.programs import Copies, data_frame, global_draws, repeat, row_axis, sample_sites
 
-__all__ = ["Aggregate", "Values", "aggregated", "check_not_negative", "standard_error", "with_globals_held"]
+__all__ = ["Aggregate", "Values", "aggregated", "with_globals_held"]
 
 Values = dict[str, Tensor]
 """Of per-observation latent sites, draws first: ``(M, *nested plates, *event)``."""
@@ -55,6 +55,11 @@ class Aggregate:
     def observations(self) -> int:
         """The number N."""
         return len(self.pair.batch[0])
+
+    @cached_property
+    def latents(self) -> LatentVector:
+        """All per-observation latent sites as one vector."""
+        return LatentVector({name: self.pair.latents[name] for name in self.pair.local}, self.pair.nodes)
 
     def choose(self, samples: int) -> Tensor:
         """So many observations at random, ``(M,)``, none of them again before all have been."""
@@ -337,11 +342,12 @@ def _row_sums(node: dict[str, Any], log_prob: Tensor, lead: int) -> Tensor:
     return first.reshape(*first.shape[: lead + 1], -1).sum(-1)
 
 
-def with_globals_held(pair: Prepared) -> Prepared:
-    """The same programs at one draw of the global sites from the guide."""
+def with_globals_held(pair: Prepared, batch: tuple[Tensor, ...] | None = None) -> Prepared:
+    """The same programs at one draw of the global sites from the guide, given some rows or else the first."""
     if not pair.has_global:
         return pair
-    held = global_draws(poutine.trace(pair.guide).get_trace(*(x[:1] for x in pair.batch)))
+    batch = tuple(x[:1] for x in pair.batch) if batch is None else batch
+    held = global_draws(poutine.trace(pair.guide).get_trace(*batch))
     return dataclasses.replace(
         pair, guide=poutine.replay(pair.guide, trace=held), model=poutine.replay(pair.model, trace=held)
     )
@@ -354,20 +360,3 @@ def aggregated(
     """The aggregate posterior of checked programs and observations, as in :func:`prepared`."""
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
         yield Aggregate(pair, rows)
-
-
-def standard_error(values: Tensor, dim: int = 0) -> Tensor:
-    """Of the mean over draws; NaN for one."""
-    if values.shape[dim] == 1:
-        return torch.full_like(values.select(dim, 0), math.nan)
-    return values.std(dim) / math.sqrt(values.shape[dim])
-
-
-def check_not_negative(name: str, value: float, error: float, samples: int, why: str) -> None:
-    """Raise an ``ArithmeticError`` at a figure further below 0 than chance explains, to one in three million."""
-    # Of few draws the error is itself uncertain: Student's t, which is 5 standard errors for many.
-    if samples > 1 and value < -1e-3 - float(stats.t.isf(3e-7, samples - 1)) * error:
-        raise ArithmeticError(
-            f"{name} came out as {value:.3f} nats (standard error {error:.3f}), and {why}: the densities of the guide "
-            "or of the prior are not those of their draws"
-        )

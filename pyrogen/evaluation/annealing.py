@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import biject_to
 from torch import Tensor
 
 from pyrogen.evaluation.likelihood import error_and_size
 from pyrogen.evaluation.running import ROWS, Prepared, check_counts, parts, prepared
-from pyrogen.inference.programs import data_frame, per_row, repeat, row_axis, sample_sites
-from pyrogen.inference.terms import frozen, parameters_of
+from pyrogen.inference.latent_vector import LatentVector
+from pyrogen.inference.programs import per_row, repeat, row_axis, sample_sites
+from pyrogen.inference.terms import frozen, parameters_of, without_mask
 
 __all__ = [
     "AnnealedImportanceSampling",
@@ -319,44 +318,30 @@ class _Target:
         drawn: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.chains = chains
-        self.latents = pair.latents
         self.rows = repeat(batch, chains)
         self.drawn = drawn
         model = pair.model
         if drawn is not None:
-            free = {*pair.latents, *(name for name, node in drawn.items() if node["infer"].get("_deterministic"))}
-            seen = {name: self._copied(node) for name, node in drawn.items() if name not in free}
+            seen = {
+                name: torch.cat([node["value"]] * chains, row_axis(node))
+                for name, node in drawn.items()
+                if name not in pair.latents and not node["infer"].get("_deterministic")
+            }
             model = poutine.condition(poutine.uncondition(model), data=seen)
         self.model = model
         trace = poutine.trace(model).get_trace(*self.rows)
         self.parameters = parameters_of(model, trace)
         self.first = sample_sites(trace)
-        self.shapes = {name: self._rows_first(name, self.first[name]["value"]).shape[1:] for name in self.latents}
-
-    def _copied(self, node: dict[str, Any]) -> Tensor:
-        """A site's value for K copies of the rows."""
-        return torch.cat([node["value"]] * self.chains, row_axis(node))
-
-    def _axis(self, name: str) -> int:
-        transform, node = biject_to(self.latents[name].support), self.first[name]
-        return data_frame(node).dim - transform.domain.event_dim  # type: ignore[union-attr]
-
-    def _rows_first(self, name: str, value: Tensor) -> Tensor:
-        return biject_to(self.latents[name].support).inv(value).movedim(self._axis(name), 0)
+        self.latents = LatentVector(pair.latents, self.first)
 
     def draw(self) -> Tensor:
         """A draw of the prior for each chain."""
-        return self._flat({name: self.first[name]["value"] for name in self.latents})
+        return self.latents.vectors(self.latents.drawn(self.first))
 
     def known(self) -> Tensor:
         """The latents that the observations were drawn with."""
         assert self.drawn is not None
-        return self._flat({name: self._copied(self.drawn[name]) for name in self.latents})
-
-    def _flat(self, values: dict[str, Tensor]) -> Tensor:
-        return torch.cat(
-            [self._rows_first(name, value).reshape(len(self.rows[0]), -1) for name, value in values.items()], -1
-        )
+        return self.latents.vectors(self.latents.drawn(self.drawn)).repeat(self.chains, 1)
 
     def state(self, z: Tensor) -> _State:
         """The densities at some values; parameters are constants."""
@@ -367,31 +352,16 @@ class _Target:
         return _State(z.detach(), log_prior.detach(), log_likelihood.detach(), *slopes)
 
     def _log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        free, values = {}, {}
-        parts = z.split([shape.numel() for shape in self.shapes.values()], -1)
-        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
-            free[name] = part.reshape(-1, *shape).movedim(0, self._axis(name))
-            values[name] = biject_to(self.latents[name].support)(free[name])
-        nodes = sample_sites(poutine.trace(poutine.condition(self.model, data=values)).get_trace(*self.rows))
-        log_prior = log_likelihood = z.new_zeros(len(z))
-        for name, node in nodes.items():
-            if name not in self.latents:
+        values = self.latents.values(z)
+        model = poutine.condition(self.model, data=self.latents.placed(values))
+        log_prior, log_likelihood = self.latents.log_volume(z, values), z.new_zeros(len(z))
+        for name, node in sample_sites(poutine.trace(model).get_trace(*self.rows)).items():
+            if name in values:
+                node = without_mask(node)
+                log_prior = log_prior + per_row(node, node["fn"].log_prob(node["value"]))
+            else:
                 log_likelihood = log_likelihood + per_row(node, node["fn"].log_prob(node["value"]))
-                continue
-            transform = biject_to(self.latents[name].support)
-            # What is masked out is drawn from its prior all the same: only the likelihood leaves it out.
-            log_p = _without_mask(node["fn"]).log_prob(values[name])
-            log_p = log_p + transform.log_abs_det_jacobian(free[name], values[name])
-            log_prior = log_prior + per_row(node | {"mask": None}, log_p)
         return log_prior, log_likelihood
-
-
-def _without_mask(fn: Any) -> Any:
-    if isinstance(fn, dist.MaskedDistribution):
-        return _without_mask(fn.base_dist)
-    return (
-        _without_mask(fn.base_dist).to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, dist.Independent) else fn
-    )
 
 
 def _slope(log_density: Tensor, z: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyrogen.evaluation.aggregate import Aggregate, Values, aggregated, check_not_negative, standard_error
+from pyrogen.evaluation.aggregate import Aggregate, Values, aggregated
+from pyrogen.evaluation.errors import check_not_negative, standard_error
 from pyrogen.evaluation.held_out import STEPS, HeldOutEstimate
 from pyrogen.evaluation.held_out_dimensions import held_out_total_correlation_estimate
 from pyrogen.evaluation.running import ROWS, check_counts

@@ -1,11 +1,12 @@
-"""Standard errors of figures that are means or shares of draws."""
+"""Standard errors of figures that are means or shares of draws, and what chance does not explain."""
 
 import math
 
 import torch
+from scipy import stats
 from torch import Tensor
 
-__all__ = ["share_error", "standard_error"]
+__all__ = ["check_not_negative", "share_error", "standard_error"]
 
 
 def standard_error(values: Tensor, dim: int = 0) -> Tensor:
@@ -24,3 +25,13 @@ def share_error(share: float, count: int) -> float:
     """
     chance = (share * count + 0.5) / (count + 1)
     return math.sqrt(chance * (1 - chance) / count)
+
+
+def check_not_negative(name: str, value: float, error: float, samples: int, why: str) -> None:
+    """Raise an ``ArithmeticError`` at a figure further below 0 than chance explains, to one in three million."""
+    # Of few draws the error is itself uncertain: Student's t, which is 5 standard errors for many.
+    if samples > 1 and value < -1e-3 - float(stats.t.isf(3e-7, samples - 1)) * error:
+        raise ArithmeticError(
+            f"{name} came out as {value:.3f} nats (standard error {error:.3f}), and {why}: the densities of the guide "
+            "or of the prior are not those of their draws"
+        )

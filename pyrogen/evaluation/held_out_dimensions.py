@@ -24,9 +24,8 @@ from pyrogen.evaluation.held_out import (
     three_parts,
 )
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
-from pyrogen.evaluation.single_values import unconstrained
 from pyrogen.inference.adaptive import SMALLEST_VARIANCE
-from pyrogen.inference.programs import row_axis
+from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.ratios import Logistic
 from pyrogen.inference.total_correlation import permuted
 
@@ -191,12 +190,7 @@ def held_out_total_correlation_estimate(
 
 def _shapes(pair: Prepared) -> dict[str, torch.Size]:
     """The shapes of the unconstrained values of one observation."""
-    shapes = {}
-    for name in pair.local:
-        node = pair.nodes[name]
-        u, _, _ = unconstrained(pair.latents[name], node["value"].movedim(row_axis(node), 0))
-        shapes[name] = u.shape[1:]
-    return shapes
+    return LatentVector({name: pair.latents[name] for name in pair.local}, pair.nodes).shapes
 
 
 def _draws(pair: Prepared, rows: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyrogen.evaluation.aggregate import aggregated, check_not_negative, standard_error
+from pyrogen.evaluation.aggregate import aggregated
+from pyrogen.evaluation.errors import check_not_negative, standard_error
 from pyrogen.evaluation.running import ROWS, check_counts
 
 __all__ = ["MarginalKL", "is_saturated", "marginal_kl", "mutual_information"]

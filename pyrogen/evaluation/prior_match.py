@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrogen.evaluation.aggregate import Aggregate, Values, aggregated
+from pyrogen.evaluation.aggregate import aggregated
+from pyrogen.evaluation.errors import share_error
 from pyrogen.evaluation.running import ROWS, check_counts
-from pyrogen.evaluation.single_values import unconstrained
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel
 
 __all__ = ["MeanDiscrepancy", "PriorHoles", "mmd", "prior_holes"]
@@ -146,9 +146,7 @@ def _below(own: Tensor, other: Tensor, level: float, units: int) -> tuple[float,
     first = (mass < level * (mass[:, -1:] + 1)).sum(1).clamp(max=len(own) - 1)
     others = other.sort().values
     shares = torch.searchsorted(others, ordered[first]).double() / len(other)
-    # By half a count away from 0 and 1, so that none of a few draws does not make for certainty.
-    chance = (share * len(other) + 0.5) / (len(other) + 1)
-    return share, math.sqrt(chance * (1 - chance) / len(other) + float(shares.var()))
+    return share, math.hypot(share_error(share, len(other)), float(shares.std()))
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,8 @@ def mmd(
             )
         chosen = aggregate.choose(count)
         aggregate.check_common_prior(chosen)
-        points = torch.cat([_flat(aggregate, aggregate.posterior(chosen)), _flat(aggregate, aggregate.prior(count))])
+        draws = (aggregate.posterior(chosen), aggregate.prior(count))
+        points = torch.cat([aggregate.latents.vectors(values) for values in draws])
         gram = (kernel or InverseMultiquadraticKernel())(points)
         if gram.shape != (len(points), len(points)):
             raise ValueError(
@@ -249,13 +248,6 @@ def mmd(
             aggregate.observations,
             count,
         )
-
-
-def _flat(aggregate: Aggregate, values: Values) -> Tensor:
-    """The unconstrained values of all sites, ``(M, n)``."""
-    latents = aggregate.pair.latents
-    flat = (unconstrained(latents[name], value)[0].reshape(len(value), -1) for name, value in values.items())
-    return torch.cat([*flat], 1)
 
 
 def _discrepancies(gram: Tensor, permutations: int) -> tuple[Tensor, Tensor]:

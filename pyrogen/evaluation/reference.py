@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import xarray
 from pyro import poutine
-from pyro.distributions.transforms import biject_to
 from pyro.infer import NUTS
 from pyro.ops.integrator import potential_grad
 from pyro.poutine.messenger import Messenger
@@ -18,12 +17,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
-from pyrogen.evaluation.annealing import _without_mask
 from pyrogen.evaluation.frames import arviz_major, import_arviz
-from pyrogen.evaluation.running import Prepared, by_row, check_counts, prepared
+from pyrogen.evaluation.running import Prepared, check_counts, prepared
 from pyrogen.inference.checkpoints import seeded
-from pyrogen.inference.programs import data_frame, per_row, row_axis, sample_sites, unregistered
-from pyrogen.inference.terms import frozen, parameters_of
+from pyrogen.inference.latent_vector import LatentVector
+from pyrogen.inference.programs import data_frame, per_row, sample_sites, unregistered
+from pyrogen.inference.terms import frozen, parameters_of, without_mask
 
 __all__ = ["ReferencePosterior", "nuts"]
 
@@ -209,7 +208,7 @@ def _sampled(
             with seeded(seed, point.device):
                 paths.append(_chain(density, point, draws, warmup, target_acceptance))
         flat, diverged, accepted = (torch.stack(parts) for parts in zip(*paths, strict=True))
-        values.append(density.values(flat))
+        values.append(density.latents.values(flat))
         divergent.append(diverged)
         acceptance.append(accepted)
         _log.info("NUTS: %d of %d done, %.1f seconds", len(values), len(few), time.perf_counter() - began)
@@ -242,11 +241,8 @@ class _Score(Messenger):
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if site_is_subsample(msg):  # type: ignore[arg-type]
             return
-        node, fn = msg, msg["fn"]
-        if msg["name"] in self.values:
-            # What is masked out is drawn from its prior all the same: only the likelihood leaves it out.
-            node, fn = msg | {"mask": None}, _without_mask(fn)
-        self.log_density = self.log_density + per_row(node, fn.log_prob(msg["value"])).sum()
+        node = without_mask(msg) if msg["name"] in self.values else msg
+        self.log_density = self.log_density + per_row(node, node["fn"].log_prob(node["value"])).sum()
 
 
 class _Density:
@@ -261,47 +257,21 @@ class _Density:
         self.program = unregistered(pair.model)
         self.part = part
         self.batch = tuple(tensor[part] for tensor in pair.batch)
-        self.nodes = {name: pair.nodes[name] for name in pair.latents}
-        self.is_global = {name: site.is_global for name, site in pair.latents.items()}
-        self.transforms = {name: biject_to(site.support) for name, site in pair.latents.items()}
-        self.shapes = {}
-        for name, node in self.nodes.items():
-            shape = self.transforms[name].inv(_rows_first(node, node["value"])).shape
-            self.shapes[name] = shape if self.is_global[name] else torch.Size([len(self.batch[0]), *shape[1:]])
+        self.latents = LatentVector(pair.latents, pair.nodes, rows=len(self.batch[0]))
 
     def flat(self, drawn: dict[str, dict[str, Any]]) -> Tensor:
         """The latents of these rows in a run of a program on all rows."""
-        values = {name: _rows_first(drawn[name], drawn[name]["value"]) for name in self.shapes}
-        values = {name: value if self.is_global[name] else value[self.part] for name, value in values.items()}
-        return torch.cat([self.transforms[name].inv(value).flatten() for name, value in values.items()])
-
-    def _unconstrained(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([shape.numel() for shape in self.shapes.values()], -1)
-        return {
-            name: part.reshape((*flat.shape[:-1], *shape))
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
-
-    def values(self, flat: Tensor) -> dict[str, Tensor]:
-        """By site, ``(*S, D)`` gives ``(*S, B, *nested plates, *event)``, or ``(*S, *plates, *event)`` if global."""
-        return {name: self.transforms[name](free) for name, free in self._unconstrained(flat).items()}
+        values = self.latents.drawn(drawn)
+        local = {name: value[self.part] for name, value in values.items() if data_frame(drawn[name]) is not None}
+        return self.latents.vectors(values | local)
 
     def potential(self, vector: dict[str, Tensor]) -> Tensor:
         """−log p of a vector ``(D,)``, as Pyro's kernels ask for it."""
         with torch.enable_grad():
-            volume: Tensor | float = 0.0
-            placed = {}
-            for name, free in self._unconstrained(vector["z"]).items():
-                value = self.transforms[name](free)
-                volume = volume + self.transforms[name].log_abs_det_jacobian(free, value).sum()
-                placed[name] = value if self.is_global[name] else value.movedim(0, row_axis(self.nodes[name]))
-            with _Score(placed) as score:
+            values = self.latents.values(vector["z"])
+            with _Score(self.latents.placed(values)) as score:
                 self.program(*self.batch)
-            return -torch.as_tensor(score.log_density + volume)
-
-
-def _rows_first(node: dict[str, Any], value: Tensor) -> Tensor:
-    return value if data_frame(node) is None else by_row(node, value, 1)[0]
+            return -(score.log_density + self.latents.log_volume(vector["z"], values))
 
 
 def _starting_points(pair: Prepared, starter: Callable, densities: list[_Density], chains: int) -> list[list[Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.running import ROWS, Prepared, by_row, means, pair_passes, passes, prepared
 from pyrogen.inference.programs import data_frame, make_example, observed_sites, sample_sites
 from pyrogen.inference.run import Run
@@ -194,6 +195,11 @@ def sample(
 
 def _stand_in(run: Run, n: int, given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A batch of n rows whose first tensor only says how many there are."""
+    if not run.example:
+        raise ValueError(
+            "this run has no example, by which the shape of an observation is known; expected Run(..., "
+            "example=describe_example(batch)), as fit and load make it"
+        )
     x, *others = make_example(run.example)
     tensors = (given,) if isinstance(given, Tensor) else tuple(given)
     if len(tensors) != len(others):
@@ -210,23 +216,11 @@ def _stand_in(run: Run, n: int, given: Tensor | Sequence[Tensor]) -> tuple[Tenso
 
 def _new(pair: Prepared, n: int, rows: int) -> Iterator[poutine.Trace]:
     """Traces of the model with nothing observed, that have n rows in all."""
-    program = poutine.uncondition(pair.model)
     size = min(rows, pair.copies_of(n) or rows)
     for start in range(0, n, size):
         batch = tuple(tensor[start : start + size] for tensor in pair.batch)
-        replayed = program
-        if pair.has_global:
-            replayed = poutine.replay(program, trace=_global_draws(pair, batch))
-        yield poutine.trace(replayed).get_trace(*batch)
-
-
-def _global_draws(pair: Prepared, batch: tuple[Tensor, ...]) -> poutine.Trace:
-    """A draw of the global sites from the guide, or an empty trace where there is none."""
-    held = poutine.Trace()
-    for name, node in sample_sites(poutine.trace(pair.guide).get_trace(*batch)).items():
-        if data_frame(node) is None and name in pair.latents:
-            held.add_node(name, **node)
-    return held
+        program = poutine.uncondition(with_globals_held(pair, batch).model)
+        yield poutine.trace(program).get_trace(*batch)
 
 
 def _gather(found: Iterator[tuple[slice, int, poutine.Trace]], names: list[str]) -> dict[str, Tensor]:

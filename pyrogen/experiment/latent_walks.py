@@ -4,9 +4,7 @@ Programs may have several latent sites, nested in plates, on any support. Here a
 vector of D real numbers, the *units*: values on a constrained support are mapped to the whole space, as in the guide.
 """
 
-import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +12,14 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
 
-from pyrogen.distributions.semi_implicit import has_stochastic_density
 from pyrogen.evaluation import posterior_samples
+from pyrogen.evaluation.aggregate import Aggregate, with_globals_held
 from pyrogen.evaluation.running import ROWS, Prepared, by_row, means, prepared
 from pyrogen.inference import Run
-from pyrogen.inference.draws import draw_only
-from pyrogen.inference.programs import (
-    Site,
-    global_draws,
-    is_real,
-    observed_sites,
-    per_row,
-    row_axis,
-)
-from pyrogen.inference.units import names_of_units
+from pyrogen.inference.draws import draw_only, is_masked
+from pyrogen.inference.latent_vector import LatentVector
+from pyrogen.inference.programs import is_real, observed_sites
 
 __all__ = ["Latents", "decode", "interpolation", "latents_of", "prior_density", "traversal"]
 
@@ -73,43 +63,6 @@ class Latents:
         return self.activity.nan_to_num(0.0).argsort(descending=True, stable=True)[:count].tolist()
 
 
-class _Units:
-    """The per-observation latent sites of a program as one vector, and back."""
-
-    def __init__(self, pair: Prepared) -> None:
-        self.sites = {name: pair.latents[name] for name in pair.local}
-        self.nodes = pair.nodes
-
-    def names(self) -> tuple[str, ...]:
-        named = (names_of_units(name, self._shape(site)) for name, site in self.sites.items())
-        return tuple(itertools.chain.from_iterable(named))
-
-    @staticmethod
-    def _shape(site: Site) -> tuple[int, ...]:
-        """Of one observation's unconstrained values."""
-        plates = tuple(plate.size for plate in reversed(site.plates) if plate.name != "data")
-        return plates + tuple(biject_to(site.support).inverse_shape(torch.Size(site.shape)))
-
-    def vectors(self, values: dict[str, Tensor]) -> Tensor:
-        """By site ``(..., *nested plates, *event)``, with the same leading axes, gives ``(..., D)``."""
-        found = []
-        for name, site in self.sites.items():
-            free = biject_to(site.support).inv(values[name]).detach().cpu().double()
-            shape = self._shape(site)
-            found.append(free.reshape(*free.shape[: free.dim() - len(shape)], math.prod(shape)))
-        return torch.cat(found, -1).nan_to_num(posinf=1e3, neginf=-1e3)
-
-    def values(self, z: Tensor) -> dict[str, Tensor]:
-        """Vectors ``(R, D)`` as values of the sites, with rows on the axis of the plate ``"data"``."""
-        pieces = z.split([math.prod(self._shape(site)) for site in self.sites.values()], -1)
-        found = {}
-        for (name, site), piece in zip(self.sites.items(), pieces, strict=True):
-            like = self.nodes[name]["value"]
-            free = piece.reshape(len(z), *self._shape(site)).to(like.device, like.dtype)
-            found[name] = biject_to(site.support)(free).movedim(0, row_axis(self.nodes[name]))
-        return found
-
-
 def latents_of(run: Run, rows: tuple[Tensor, ...], *, draws: int, prior_draws: int, seed: int = 0) -> Latents:
     """Draw the latents of a fit given observations, and from its prior.
 
@@ -129,48 +82,46 @@ def latents_of(run: Run, rows: tuple[Tensor, ...], *, draws: int, prior_draws: i
     with prepared(run.model, run.guide, rows, seed=seed, guided=False) as pair:
         if not pair.local:
             raise ValueError("the model has no latent site that belongs to an observation")
-        units = _Units(pair)
+        units = _units(pair)
         order = torch.arange(prior_draws) % len(pair.batch[0])
         batches = (tuple(x[part.to(x.device)] for x in pair.batch) for part in order.split(PRIOR_ROWS))
-        prior = torch.cat([units.vectors(_prior_draw(pair, batch)) for batch in batches])
+        drawn = (draw_only(with_globals_held(pair, batch).model, pair.local, batch) for batch in batches)
+        prior = torch.cat([_finite(units.vectors(units.drawn(nodes))) for nodes in drawn])
     posterior = None
     if run.guide is not None:
-        posterior = units.vectors(posterior_samples(run.model, run.guide, rows, draws, seed=seed))
-    return Latents(units.names(), posterior, prior)
+        posterior = _finite(units.vectors(posterior_samples(run.model, run.guide, rows, draws, seed=seed)))
+    return Latents(tuple(units.names), posterior, prior)
 
 
-def _prior_draw(pair: Prepared, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """A draw of the per-observation sites from the model, ``(B, *nested plates, *event)`` by site."""
-    nodes = draw_only(_with_globals(pair, batch), pair.local, batch)
-    return {name: by_row(node, node["value"], 1)[0] for name, node in nodes.items()}
+def _units(pair: Prepared) -> LatentVector:
+    return LatentVector({name: pair.latents[name] for name in pair.local}, pair.nodes)
 
 
-def _with_globals(pair: Prepared, batch: tuple[Tensor, ...]) -> Callable:
-    """The model with its global sites as the guide draws them."""
-    if not pair.has_global:
-        return pair.model
-    return poutine.replay(pair.model, trace=global_draws(poutine.trace(pair.guide).get_trace(*batch)))
+def _finite(vectors: Tensor) -> Tensor:
+    """Doubles on the CPU; values on the edge of their support are far out, not at infinity."""
+    return vectors.detach().cpu().double().nan_to_num(posinf=1e3, neginf=-1e3)
+
+
+def _values(pair: Prepared, z: Tensor) -> dict[str, Tensor]:
+    """Vectors ``(R, D)`` as values of the sites, rows first."""
+    return _units(pair).values(z.to(pair.nodes[pair.local[0]]["value"]))
 
 
 def prior_density(run: Run, rows: tuple[Tensor, ...], points: Tensor) -> Tensor | None:
     """The density of p(z) at points ``(R, D)``, or None where it is not known or not the same for all observations.
 
     It is known where every per-observation site has an exact density on the whole space, and where nothing but z is
-    behind it: no global sites, no further tensors that the model takes.
+    behind it: no global sites, no masks, no further tensors that the model takes.
     """
     with prepared(run.model, run.guide, rows, seed=0, guided=False) as pair:
         real = all(is_real(pair.latents[name].support) for name in pair.local)
-        if pair.has_global or pair.implicit_prior or len(pair.batch) > 1 or not real:
+        masked = any(is_masked(pair.nodes[name]) for name in pair.local)
+        if pair.has_global or len(pair.batch) > 1 or not real or masked:
             return None
-        units, found = _Units(pair), []
-        for part in points.split(ROWS):
-            batch = (pair.batch[0][:1].expand(len(part), *pair.batch[0].shape[1:]),)
-            nodes = draw_only(poutine.condition(pair.model, data=units.values(part)), pair.local, batch)
-            if any(has_stochastic_density(node["fn"]) for node in nodes.values()):
-                return None
-            of_sites = [per_row(node, node["fn"].log_prob(node["value"])) for node in nodes.values()]
-            found.append(torch.stack(of_sites).sum(0).double().cpu())
-        return torch.cat(found).exp()
+        aggregate = Aggregate(pair, ROWS)
+        if not aggregate.has_prior_density:
+            return None
+        return aggregate.prior_log_prob(_values(pair, points)).exp()
 
 
 def interpolation(start: Tensor, end: Tensor, steps: int, *, spherical: bool = False) -> Tensor:
@@ -249,10 +200,12 @@ def decode(run: Run, z: Tensor, rows: tuple[Tensor, ...], *, start: Tensor | Non
     with prepared(run.model, run.guide, rows, seed=seed, guided=False, values=False) as pair:
         if len(pair.observed) != 1:
             raise ValueError(f"the model observes the sites {pair.observed}; only one has a picture")
-        units, program = _Units(pair), _with_globals(pair, pair.batch)
-        held, base = units.values(z), dict[str, Tensor]()
+        program = with_globals_held(pair, pair.batch).model
+        placed = _units(pair).placed
+        held, base = placed(_values(pair, z)), dict[str, Tensor]()
         if start is not None:
-            nodes = draw_only(poutine.condition(program, data=units.values(start)), pair.local, pair.batch)
+            before = poutine.condition(program, data=placed(_values(pair, start)))
+            nodes = draw_only(before, pair.local, pair.batch)
             known = {name: means(node) for name, node in nodes.items() if is_real(pair.latents[name].support)}
             base = {name: mean for name, mean in known.items() if mean is not None}
         with _Moved(held, base):

@@ -39,6 +39,7 @@ __all__ = [
     "trace_programs",
     "unmasked",
     "without_density",
+    "without_mask",
 ]
 
 
@@ -271,6 +272,18 @@ def nothing(traces: Traces, names: Iterable[str]) -> dict[str, Tensor]:
 def unmasked(fn: Any) -> tuple[Any, Any]:
     """A distribution without its mask, and that mask or None."""
     return (fn.base_dist, fn._mask) if isinstance(fn, dist.MaskedDistribution) else (fn, None)
+
+
+def without_mask(node: dict[str, Any]) -> dict[str, Any]:
+    """A site with nothing masked, nor single values of an event: what a mask leaves idle is drawn from its prior all
+    the same, and only the likelihood leaves it out."""
+
+    def bare(fn: Any) -> Any:
+        if isinstance(fn, dist.Independent):
+            return bare(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+        return bare(fn.base_dist) if isinstance(fn, dist.MaskedDistribution) else fn
+
+    return node | {"mask": None, "fn": bare(node["fn"])}
 
 
 def _masked(ratio: Tensor, p: dict[str, Any] | None) -> Tensor:

@@ -10,8 +10,9 @@ from torch import nn
 
 from pyrogen.distributions import Flow, SemiImplicit
 from pyrogen.distributions.implicit import ImplicitDistribution
-from pyrogen.evaluation.aggregate import aggregated, check_not_negative
+from pyrogen.evaluation.aggregate import aggregated
 from pyrogen.evaluation.dimensions import total_correlation
+from pyrogen.evaluation.errors import check_not_negative
 from pyrogen.evaluation.marginals import marginal_kl
 from pyrogen.evaluation.prior_match import mmd, prior_holes
 from pyrogen.inference import AmortizedGuide

@@ -103,8 +103,8 @@ def test_the_density_written_out():
     x, covariate = torch.randn(3).double(), torch.tensor([1.0, -1.0, 0.5]).double()
     with prepared(program, None, (x, covariate), seed=0, guided=False) as pair:
         density = _Density(pair, slice(0, 3))
-        flat = torch.randn(sum(shape.numel() for shape in density.shapes.values())).double()
-        values = density.values(flat)
+        flat = torch.randn(sum(shape.numel() for shape in density.latents.shapes.values())).double()
+        values = density.latents.values(flat)
         assert {name: tuple(value.shape) for name, value in values.items()} == {
             "rate": (), "share": (3, 3), "idle": (3,), "s": (3, 2)
         }  # fmt: skip

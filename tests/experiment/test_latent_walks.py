@@ -155,6 +155,16 @@ def test_further_tensors_are_used():
     assert prior_density(run, (X, c), torch.zeros(3, 2)) is None
 
 
+def idle(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(x[:, 0] > 0))
+        pyro.sample("x", dist.Normal(z @ WEIGHT, 1.0).to_event(1), obs=x)
+
+
+def test_a_masked_prior_is_not_the_same_for_all_observations():
+    assert prior_density(run_of(idle, X, guide=None), (X,), torch.zeros(3, 2)) is None
+
+
 def two_observed(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
