@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -82,9 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         on stderr; 130 after Ctrl-C.
     """
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _fail("interrupted; --resume with the same --out goes on from the last checkpoint", 130)
+    except BrokenPipeError:  # whoever reads has enough, as in pyrogen ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except NonFiniteLoss as error:
         return _fail(error, 1)
     except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError) as error:
