@@ -19,6 +19,7 @@ from matplotlib.image import imread
 
 import pyrogen as pg
 from pyrogen.cli import main
+from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment import commands
 from pyrogen.inference import LinearSchedule, NonFiniteLoss
 
@@ -259,10 +260,10 @@ def test_report_of_several_computes_what_is_not_there_and_notes_it(comparison, r
     assert before.items() <= contents(run).items()
 
 
-def test_report_takes_what_evaluate_noted_on_the_same_rows(run, tmp_path, monkeypatch, no_pictures):
-    for particles in ("3", "5"):
-        assert main(["evaluate", str(run), "--particles", particles, "--rows", "30"]) == 0
-    counted = []
+@pytest.fixture
+def evaluated(monkeypatch) -> list[int]:
+    """How many rows each evaluation was of."""
+    counted: list[int] = []
     evaluate = commands.evaluate
 
     def counting(fitted, x, **options):
@@ -270,11 +271,68 @@ def test_report_takes_what_evaluate_noted_on_the_same_rows(run, tmp_path, monkey
         return evaluate(fitted, x, **options)
 
     monkeypatch.setattr(commands, "evaluate", counting)
+    return counted
+
+
+def test_report_takes_what_evaluate_noted_on_the_same_rows(run, evaluated, no_pictures):
+    for particles in ("3", "5"):
+        assert main(["evaluate", str(run), "--particles", particles, "--rows", "30"]) == 0
+    evaluated.clear()
     assert main(["report", str(run), "--rows", "30", "--out", "same"]) == 0
-    assert counted == [] and "from 5 particles" in Path("same/report.md").read_text(encoding="utf-8")
+    assert evaluated == [] and "from 5 particles" in Path("same/report.md").read_text(encoding="utf-8")
     options = ["--particles", "3", "--split", "validation", "--rows", "30"]
     assert main(["report", str(run), *options, "--out", "other"]) == 0
-    assert counted == [30] and "on 30 validation rows" in Path("other/report.md").read_text(encoding="utf-8")
+    assert evaluated == [30] and "on 30 validation rows" in Path("other/report.md").read_text(encoding="utf-8")
+
+
+def entries(run: Path) -> list[dict[str, Any]]:
+    return yaml.safe_load((run / "evaluation.yaml").read_text(encoding="utf-8"))
+
+
+FEW = ["--rows", "20", "--particles", "3"]
+
+
+def test_report_finds_what_an_evaluation_in_part_left_out(run, evaluated, no_pictures):
+    assert main(["evaluate", str(run), "--parts", "bound", *FEW]) == 0
+    (before,) = entries(run)
+    assert main(["report", str(run), *FEW]) == 0
+    assert evaluated == [20, 20]
+    (entry,) = entries(run)
+    assert entry["elbo"] == before["elbo"] and {*DEFAULT} <= {*entry["parts"]}
+    head, _, cells = cells_of(run / "report.md")
+    assert cells[head.index("log p(x)")].startswith(f"−{-entry['log_likelihood']:.2f} ± ")
+
+
+def test_report_of_a_run_that_went_on_has_figures_of_its_new_state(run, evaluated, no_pictures):
+    assert main(["evaluate", str(run), *FEW]) == 0
+    assert main(["fit", *SMALL, "--epochs", "3", "--out", str(run), "--resume"]) == 0
+    assert main(["report", str(run), *FEW]) == 0
+    assert evaluated == [20, 20]
+    before, entry = entries(run)
+    alone = pg.evaluate(loaded(run), pg.data.load("digits").test[:20], parts=["bound"])
+    assert before["steps"] < entry["steps"] and before["elbo"] != entry["elbo"] == alone.elbo
+    head, _, cells = cells_of(run / "report.md")
+    assert cells[head.index("ELBO")].startswith(f"−{-alone.elbo:.2f} ± ")
+
+
+def test_report_of_a_compared_fit_that_went_on_has_not_the_figures_of_the_comparison(
+    comparison, tmp_path, evaluated, no_pictures
+):
+    fit = copied(comparison, tmp_path / "copy") / "normal-elbo"
+    assert main(["report", str(fit), "--out", "before"]) == 0
+    assert evaluated == []
+    assert main(["fit", *SMALL, "--epochs", "3", "--out", str(fit), "--resume"]) == 0
+    assert main(["report", str(fit), *FEW, "--out", "after"]) == 0
+    assert evaluated == [20]
+    before, after = (cells_of(tmp_path / name / "report.md") for name in ("before", "after"))
+    assert before[2][before[0].index("ELBO")] != after[2][after[0].index("ELBO")]
+
+
+def test_report_of_a_comparison_says_why_figures_are_not_defined(comparison, tmp_path, evaluated, no_pictures):
+    assert main(["report", str(comparison), "--out", "page"]) == 0
+    text = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    why = "the covariance of 128 features has full rank only for more than 128 rows, got 20 samples"
+    assert f"\n- samples: {why}" in text and evaluated == []
 
 
 def test_a_report_is_replaced_only_when_asked(run, capsys, no_pictures):
@@ -312,6 +370,7 @@ def test_report_leaves_folders_of_others_alone(run, tmp_path, capsys, no_picture
     [
         ("table.csv", "guide,elbo\nNormal ELBO,1\n"),
         ("table.csv", ""),
+        ("table.csv", "guide,observations,particles,log_likelihood,reasons\nNormal ELBO,20,4,-1,{\n"),
         ("compare.yaml", "a: [1\n"),
         ("normal-elbo/evaluation.yaml", "a: 1\n"),
         ("normal-elbo/evaluation.yaml", "- a\n"),
@@ -578,6 +637,15 @@ def test_resume_of_a_complete_fit_changes_no_weights(run):
     before = (run / "weights.safetensors").read_bytes()
     assert main(["fit", *SMALL, "--out", str(run), "--resume"]) == 0
     assert (run / "weights.safetensors").read_bytes() == before
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from pyrogen.cli import main; raise SystemExit(main())", "fit", "--prior.help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_interruption(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyrogen.data import Data, load
-from pyrogen.evaluation.findings import CHECKS, Finding
+from pyrogen.evaluation.findings import CHECKS, ORDER, Finding
 from pyrogen.evaluation.running import ROWS, check_counts, prepared
 from pyrogen.evaluation.symptoms import Patient
 from pyrogen.inference.batches import training_and_validation
@@ -61,25 +61,28 @@ def diagnose(
     name                          what it says, and where it begins
     ============================  ====================================================================================
     ``posterior collapse``        Latent units say nothing: the variance of the posterior mean is at most 0.01, or a
-                                  hundredth of the prior's where that is below 1. It is one where all units of a site
-                                  are so; or three quarters of all nearly so, at 0.05, and the rate is below ½ nat or,
-                                  where it isn't known, less than 5 % of the data's variance is explained; or where half
-                                  of those that were active are no longer, and the validation bound fell with them.
-                                  Units that a healthy fit leaves unused are none.
+                                  hundredth of that of the prior or of q(z) where one is below 1. It is one where all
+                                  units of a site are so; or three quarters of all nearly so, at 0.05, and the rate is
+                                  below ½ nat or, where it isn't known, less than 5 % of the data's variance is
+                                  explained; or where half of those that were active are no longer, and the validation
+                                  bound fell with them. Units that a healthy fit leaves unused are none.
     ``critic failure``            Over the second half of the training a critic tells more than 99 % of the draws apart;
                                   or less than 51 %, though less than half of one side is covered by the other; or loses
                                   a quarter more than a critic would that says nothing.
     ``mode dropping``             More than a fifth of the data have no sample near: within the distance that the
-                                  nearest 2.5 % of the data are at.
+                                  nearest 2.5 % of the data are at. It is left out where, on training data too, the
+                                  likelihood is uninformative or, with a guide, overconfident: by that samples of any
+                                  mode miss the data.
     ``prior hole``                More than a fifth of the prior's draws have no draw of q(z) as near.
     ``overconfident likelihood``  Squared errors are more than twice what the likelihood expects of itself, on held-out
                                   data where there are any; or at more than 5 % of the values a learned scale of a
-                                  density is at its floor.
+                                  density is at its floor. It is by overfitting where they are half as large again as
+                                  on training data, else by the scale or for want of a fit.
     ``uninformative likelihood``  They are less than a tenth of that: the scale is so large that it explains nothing.
     ``overfitting``               The validation bound has fallen by more than a fifth of what it had risen, while that
-                                  on training data rose.
+                                  on training data rose, and lies below this by as much.
     ``divergence``                Without critics and schedules, the loss has risen by a fifth of what it had fallen.
-    ``not converged``             There, a fifth of that fall is of the last quarter of the training.
+    ``not converged``             There, a fifth of the fall since the second epoch is of the last quarter.
     ============================  ====================================================================================
 
     Samples and data are compared by coverage (:func:`~pyrogen.evaluation.neighbours.precision_recall`), with balls that
@@ -87,6 +90,9 @@ def diagnose(
     missed, and blurred samples do not count as missing ones. Draws of the likelihood and its means are both tried. So
     are the prior and q(z), of which no density is asked: in the first 8 principal components of both. What is
     compared are as many draws as there are rows.
+
+    Findings come in an order in which each stands before those that it may entail: a training that was stopped too
+    early first. What would rest on fewer than 50 rows, or on a short training, is not looked for.
 
     Args:
         run: What :func:`pyrogen.fit` returned, or :func:`pyrogen.load`.
@@ -97,7 +103,8 @@ def diagnose(
         rows: How many rows, copies counted, go through the programs at once.
 
     Returns:
-        The findings, none where all is well; ``print`` shows them. What could not be looked for is in ``.unchecked``.
+        The findings, none where all is well; ``print`` shows them. What could not be looked for is in ``.unchecked``,
+        with the reason.
 
     Raises:
         TypeError: If the data are of no known kind.
@@ -126,7 +133,7 @@ def diagnose(
             findings += look(patient)
         except ValueError as error:
             unchecked[name] = str(error)
-    return Diagnosis(tuple(findings), unchecked)
+    return Diagnosis(tuple(sorted(findings, key=lambda finding: ORDER.index(finding.name))), unchecked)
 
 
 def _rows(run: Run, data: Any, count: int, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:

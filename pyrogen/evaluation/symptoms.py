@@ -13,8 +13,7 @@ from pyrogen.evaluation.aggregate import Aggregate, Values, aggregated
 from pyrogen.evaluation.neighbours import PrecisionRecall, precision_recall
 from pyrogen.evaluation.rates import rate_distortion
 from pyrogen.evaluation.running import Prepared, pair_passes, prepared
-from pyrogen.evaluation.samples import prior_samples, sample
-from pyrogen.evaluation.single_values import unconstrained
+from pyrogen.evaluation.samples import posterior_samples, prior_samples, sample
 from pyrogen.evaluation.units import ActiveUnits, active_units
 from pyrogen.inference.draws import by_value, is_masked
 from pyrogen.inference.programs import observed_sites
@@ -27,7 +26,9 @@ PART = 0.025
 """The share of rows that a ball reaches to, and so the smallest part of the data, or of the prior, that can be missed.
 Balls around five rows of 1000, as is usual for coverage, are left by blurred samples too."""
 FEWEST = 50
-"""From how many rows on nearest neighbours say something of the whole."""
+"""From how many rows on figures of them say something of the whole."""
+FAINT = 1e-4
+"""The share of the prior's variance up to which q(z) counts as a point, however narrow the posterior is."""
 VISIBLE, LATENT = 16, 8
 """In how many principal components data and latent values are compared. In 50 dimensions balls of a normal law hold
 nothing of one that is a third wider, though neither has a hole."""
@@ -71,6 +72,10 @@ class Patient:
     rows: int
 
     @property
+    def _options(self) -> dict[str, Any]:
+        return {"seed": self.seed, "rows": self.rows}
+
+    @property
     def is_guided(self) -> bool:
         """Whether there are per-observation latent sites and a guide for them."""
         return bool(self.pair.local) and self.run.guide is not None
@@ -79,7 +84,8 @@ class Patient:
     def units(self) -> ActiveUnits:
         """The variances of the units' posterior means."""
         x = self.pair.batch
-        return active_units(self.pair.model, self.pair.guide, x, particles=DRAWS, seed=self.seed, rows=self.rows)
+        _enough(len(x[0]))
+        return active_units(self.pair.model, self.pair.guide, x, particles=DRAWS, **self._options)
 
     @cached_property
     def idle(self) -> dict[str, list[str]]:
@@ -87,35 +93,37 @@ class Patient:
         return self._units_below(INACTIVE)
 
     def units_below(self, limit: float) -> list[str]:
-        """The units whose posterior mean has at most this variance, or this share of the prior's where that is below
-        1."""
+        """The units whose posterior mean has at most this variance, or this share of the prior's or of q(z)'s where
+        one of these is below 1."""
         return [name for names in self._units_below(limit).values() for name in names]
 
     def _units_below(self, limit: float) -> dict[str, list[str]]:
         found = {}
         for site, variance in self.units.variances.items():
-            below = (variance <= limit * self._prior_variances[site].to(variance).clamp(max=1.0)).flatten().tolist()
+            below = (variance <= limit * self._latent_variances[site].to(variance).clamp(max=1.0)).flatten().tolist()
             names = names_of_units(site, variance.shape)
             found[site] = [name for name, is_below in zip(names, below, strict=True) if is_below]
         return found
 
     @cached_property
-    def _prior_variances(self) -> dict[str, Tensor]:
-        draws = prior_samples(self.pair.model, self.pair.batch, 1, seed=self.seed, rows=self.rows)
-        return {site: draws[site][0].var(0) for site in self.units.variances}
+    def _latent_variances(self) -> dict[str, Tensor]:
+        """By site, of the prior or of q(z), the smaller one."""
+        model, guide, x, options = self.pair.model, self.pair.guide, self.pair.batch, self._options
+        p, q = prior_samples(model, x, 1, **options), posterior_samples(model, guide, x, 1, **options)
+        variances = {site: (p[site][0].var(0), q[site][0].var(0)) for site in self.units.variances}
+        return {site: torch.minimum(of_p, of_q.clamp(min=FAINT * of_p)) for site, (of_p, of_q) in variances.items()}
 
     @cached_property
     def rate(self) -> float:
         """KL(q(z|x) ‖ p(z)) in nats, a mean over rows; NaN where it is not known."""
-        x = self.pair.batch
-        found = rate_distortion(self.pair.model, self.pair.guide, x, particles=1, seed=self.seed, rows=self.rows)
+        found = rate_distortion(self.pair.model, self.pair.guide, self.pair.batch, particles=1, **self._options)
         return float(found.rate.double().mean())
 
     @cached_property
     def prior_coverage(self) -> float:
         """The share of draws of the prior with draws of q(z) around them."""
         count = _enough(len(self.pair.batch[0]))
-        with aggregated(self.pair.model, self.pair.guide, self.pair.batch, seed=self.seed, rows=self.rows) as aggregate:
+        with aggregated(self.pair.model, self.pair.guide, self.pair.batch, **self._options) as aggregate:
             aggregate.check_common_prior(torch.arange(count))
             q = _flat(aggregate, aggregate.posterior(torch.arange(count)))
             p = _flat(aggregate, aggregate.prior(count))
@@ -128,10 +136,10 @@ class Patient:
     def visible(self) -> PrecisionRecall:
         """Samples against data: draws, or the means of the likelihood where these cover more."""
         data = self._observed
-        count, look = _enough(len(data)), _principal(data, VISIBLE)
-        found = [precision_recall(self._samples(False), data, look, density_neighbours=_balls(count))]
-        if not self.pair.implicit_likelihood and means(self.pair.nodes[self.pair.observed[0]]) is not None:
-            found.append(precision_recall(self._samples(True), data, look, density_neighbours=_balls(count)))
+        balls, look = _balls(_enough(len(data))), _principal(data, VISIBLE)
+        has_mean = not self.pair.implicit_likelihood and means(self.pair.nodes[self.pair.observed[0]]) is not None
+        drawn = (self._samples(mean) for mean in ((False, True) if has_mean else (False,)))
+        found = (precision_recall(samples, data, look, density_neighbours=balls) for samples in drawn)
         return max(found, key=lambda each: each.coverage)
 
     @property
@@ -147,7 +155,7 @@ class Patient:
 
     def _samples(self, mean: bool) -> Tensor:
         x, *others = self.pair.batch
-        drawn = sample(self.run, len(x), seed=self.seed, mean=mean, given=others, rows=self.rows)
+        drawn = sample(self.run, len(x), mean=mean, given=others, **self._options)
         assert isinstance(drawn, Tensor)  # one observed site
         if drawn.shape != x.shape:
             raise ValueError(f"samples have the shape {tuple(drawn.shape)}, and the data {tuple(x.shape)}")
@@ -166,9 +174,10 @@ class Patient:
     def _likelihood(self, batch: tuple[Tensor, ...]) -> Likelihood:
         if self.pair.implicit_likelihood:
             raise ValueError(f"the observed sites {[*self.pair.implicit_likelihood]} are implicit")
+        _enough(len(batch[0]), "held-out rows" if batch is self.held_out else "rows")
         error = own = small = count = 0.0
         seen: dict[str, list[Tensor]] = {}
-        with prepared(self.run.model, self.run.guide, batch, seed=self.seed, rows=self.rows) as pair:
+        with prepared(self.run.model, self.run.guide, batch, **self._options) as pair:
             least = self._least_scale()
             for _, _, terms in pair_passes(pair, 1, self.rows):
                 for name, node in observed_sites(terms.model_trace).items():
@@ -208,9 +217,9 @@ def _ratio(above: float, below: float) -> float:
     return above / below if below > 0 else float("inf") if above > 0 else 1.0
 
 
-def _enough(rows: int) -> int:
+def _enough(rows: int, what: str = "rows") -> int:
     if rows < FEWEST:
-        raise ValueError(f"nearest neighbours need at least {FEWEST} rows to say something of the whole, got {rows}")
+        raise ValueError(f"at least {FEWEST} {what} are needed to say something of the whole, got {rows}")
     return rows
 
 
@@ -221,9 +230,7 @@ def _balls(rows: int) -> int:
 
 def _flat(aggregate: Aggregate, values: Values) -> Tensor:
     """The unconstrained values of all sites, ``(M, n)``."""
-    sites = aggregate.pair.latents
-    flat = (unconstrained(sites[name], value)[0].reshape(len(value), -1) for name, value in values.items())
-    return torch.cat([*flat], 1).cpu()
+    return aggregate.latents.vectors(values).cpu()
 
 
 def _principal(points: Tensor, count: int) -> Callable[[Tensor], Tensor] | None:

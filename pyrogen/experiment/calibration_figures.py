@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from scipy import stats
 
-from pyrogen.evaluation.simulation_based import LEVEL, TARP, SimulationBasedCalibration, ecdf_band
+from pyrogen.evaluation.simulation_based import SimulationBasedCalibration
+from pyrogen.evaluation.tarp import TARP
+from pyrogen.evaluation.uniform_ranks import LEVEL, ecdf_band
 from pyrogen.experiment.figures import COLOURS
+from pyrogen.experiment.latent_figures import WIDTH
 
-__all__ = ["coverage", "ranks"]
+__all__ = ["coverage", "ranks", "stacked"]
 
 _BINS = 20
 _NAMED = len(COLOURS) - 1
@@ -104,7 +108,7 @@ def coverage(results: Mapping[str, TARP]) -> Figure:
     number of simulations among the fits. Lemos et al. 2023, 2302.03026.
 
     Args:
-        results: By name of the fit, what :func:`~pyrogen.evaluation.simulation_based.tarp` returned.
+        results: By name of the fit, what :func:`~pyrogen.evaluation.tarp` returned.
 
     Raises:
         ValueError: Without results.
@@ -131,6 +135,21 @@ def coverage(results: Mapping[str, TARP]) -> Figure:
     panels[0].set_ylim(0, 1)
     panels[0].legend(fontsize=9)
     figure.suptitle("Coverage around random reference points (TARP)", fontsize=13)
+    return figure
+
+
+def stacked(figure: Figure, height: float = 5.6) -> Figure:
+    """A figure for a column of a page: panels and legends one below the other, and no title, which the page gives."""
+    places = GridSpec(len(figure.axes), 1, figure=figure)
+    for place, axes in enumerate(figure.axes):
+        axes.set_subplotspec(places[place])
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
+            handles, names = axes.get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=9, ncols=2)
+    figure.axes[0].set_title("")
+    figure.suptitle("")
+    figure.set_size_inches(WIDTH, height)
     return figure
 
 

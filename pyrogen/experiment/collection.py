@@ -1,5 +1,6 @@
 """Fits in folders, found by these or by the comparison that they are part of, with the figures noted beside them."""
 
+import ast
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -12,11 +13,11 @@ import yaml
 
 from pyrogen.data import Data
 from pyrogen.evaluation.parts import DEFAULT
-from pyrogen.experiment.table import slug
+from pyrogen.experiment.table import slug, steps_of
 from pyrogen.inference import Run, load
 from pyrogen.inference.run import SETTINGS, WEIGHTS
 
-__all__ = ["Fitted", "collect", "read_evaluations", "steps_of"]
+__all__ = ["Fitted", "collect", "read_evaluations"]
 
 COMPARISON, TABLE, EVALUATIONS = "compare.yaml", "table.csv", "evaluation.yaml"
 _log = logging.getLogger(__name__)
@@ -47,16 +48,19 @@ class Fitted:
         source = data.source or data.name
         wanted = {"data": source, "split": split, "observations": count, "steps": steps_of(self.run)}
         found = [e for e in self.evaluations if e | wanted == e and {*DEFAULT} <= {*e.get("parts", ())}]
-        # A comparison that a program started may have had any rows, but those of the whole split are likely the split.
-        sure = self.from_settings or count == len(data.test)
-        if self.row and split == "test" and self.run.data == data.source and self.row["observations"] == count and sure:
-            found.append(self.row)
+        if self.row and self._still_holds(self.row) and self._is_of(self.row, data, split, count):
+            found.append(self.row | {"seed": self.run.options.seed})
         return max(found, key=lambda entry: (_count(entry), entry["particles"]), default=None)
 
+    def _still_holds(self, row: dict[str, Any]) -> bool:
+        """Whether the run has not been trained on since."""
+        return bool(row.get("steps") == steps_of(self.run))
 
-def steps_of(run: Run) -> int:
-    """How many steps a run has been trained for, by which figures of an earlier state are told from its own."""
-    return 0 if run.history.empty else int(run.history["step"].iloc[-1])
+    def _is_of(self, row: dict[str, Any], data: Data, split: str, count: int) -> bool:
+        """Whether the comparison was evaluated on the first so many rows of a split."""
+        # One that a program started may have had any rows, but those of the whole split are likely the split.
+        sure = self.from_settings or count == len(data.test)
+        return split == "test" and self.run.data == data.source and row["observations"] == count and sure
 
 
 def _count(entry: dict[str, Any]) -> int:
@@ -109,7 +113,7 @@ def _table_of(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         rows = {str(name): _plain(row) for name, row in table.iterrows()}
         if any(not {"observations", "particles", "log_likelihood"} <= row.keys() for row in rows.values()):
             raise ValueError("it lacks columns")
-    except (ValueError, KeyError, pd.errors.ParserError) as error:
+    except (ValueError, SyntaxError, KeyError, pd.errors.ParserError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy, or move it away") from error
     return {slug(name): (name, row) for name, row in rows.items()}
 
@@ -117,8 +121,9 @@ def _table_of(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 def _plain(row: pd.Series) -> dict[str, Any]:
     """A row of a table without what is empty, and with whole numbers as such."""
     values = {str(name): value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
-    counts = ("observations", "particles", "active_units", "latent_units", "parameters")
-    return {name: int(value) if name in counts else value for name, value in values.items()}
+    counts = ("observations", "particles", "active_units", "latent_units", "parameters", "steps")
+    values |= {name: int(value) for name, value in values.items() if name in counts}
+    return values | {"reasons": ast.literal_eval(values["reasons"])} if "reasons" in values else values
 
 
 def _fitted(folder: Path, trust: bool) -> Fitted:

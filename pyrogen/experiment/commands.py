@@ -17,7 +17,7 @@ from pyrogen.data import Data
 from pyrogen.evaluation import Evaluation, evaluate, sample
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.evaluation.running import check_counts
-from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations, steps_of
+from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations
 from pyrogen.experiment.comparison import CONFIGURATION, compare
 from pyrogen.experiment.figures import are_images
 from pyrogen.experiment.judging import compared_in
@@ -25,7 +25,7 @@ from pyrogen.experiment.parts import Part
 from pyrogen.experiment.programs import amortized_guide
 from pyrogen.experiment.report import REPORT, write_report
 from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective, chosen_parts
-from pyrogen.experiment.table import Comparison, row_of
+from pyrogen.experiment.table import Comparison, row_of, steps_of
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically

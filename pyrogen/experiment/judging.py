@@ -8,6 +8,7 @@ from torch import Tensor
 from pyrogen.data import Data
 from pyrogen.evaluation.features import feature_classifier
 from pyrogen.inference.batches import as_batch
+from pyrogen.inference.checkpoints import seeded
 
 __all__ = ["compared_in"]
 
@@ -23,8 +24,7 @@ def compared_in(data: Any, parts: Any, seed: int) -> dict[str, Any]:
     """
     if parts != "all" and "samples" not in parts:
         return {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         if isinstance(data, Data):
             training, features = data.prepare(data.train), None
             if data.train_labels is not None and len(data.event_shape) == 3:

@@ -99,6 +99,7 @@ class Report:
     note: str
     tables: list[Table]
     legend: dict[str, str]
+    undefined: dict[str, str]
     whole: Section
     fits: list[Section]
     written_by: str
@@ -162,10 +163,11 @@ def _report(
     names = [str(name) for name in table.index]
     histories = {name: run.history for name, run in table.runs.items()}
     whole = [*comparison_blocks(table, histories, rows[0]), *more.get("", ())]
+    seeds = table["seed"].fillna(seed) if "seed" in table else [seed] * len(names)
     fits = []
-    for name, anchor in zip(names, _distinct([f"fit-{slug(name)}" for name in names]), strict=True):
+    for name, anchor, evaluation_seed in zip(names, _distinct([f"fit-{slug(n)}" for n in names]), seeds, strict=True):
         run = table.runs[name]
-        shown = [*fit_blocks(run, rows, data, seed), *more.get(name, ())]
+        shown = [*fit_blocks(run, rows, data, seed, int(evaluation_seed)), *more.get(name, ())]
         fits.append(Section(name, anchor, _about(run), _drawn(shown, anchor), _configuration(run)))
     columns = [column for section in table.sections().values() for column in section]
     return Report(
@@ -174,6 +176,7 @@ def _report(
         note=table.note(),
         tables=_tables(table),
         legend={COLUMNS[name].heading: COLUMNS[name].about for name in columns if COLUMNS[name].about},
+        undefined=_undefined(table),
         whole=Section("All fits", "all-fits", "", _drawn(whole, "all-fits")),
         fits=fits,
         written_by=", ".join(f"{name} {version(name)}" for name in ("pyrogen", "pyro-ppl", "torch")),
@@ -230,6 +233,16 @@ def _tables(table: Comparison) -> list[Table]:
         rows = [list(cells) for cells in zip(*columns, strict=True)]
         found.append(Table(title, [COLUMNS[name].heading for name in names], rows))
     return found
+
+
+def _undefined(table: Comparison) -> dict[str, str]:
+    """Why figures are not defined, by the part of the evaluation and, where not of all fits, which."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for name, reasons in zip(table.index, table.get("reasons", [{}] * len(table)), strict=True):
+        for part, why in (reasons if isinstance(reasons, Mapping) else {}).items():
+            told.setdefault((part, why), []).append(str(name))
+    of_all = len(table)
+    return {part if len(names) == of_all else f"{part}, {', '.join(names)}": why for (part, why), names in told.items()}
 
 
 def _minus(text: str) -> str:

@@ -4,23 +4,21 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 from torch import Tensor
 
 from pyrogen.data import Data, as_float
-from pyrogen.evaluation import reconstruct, sample
-from pyrogen.evaluation.diagnosis import diagnose
-from pyrogen.evaluation.simulation_based import simulation_based_calibration, tarp
+from pyrogen.evaluation import diagnose, nearest_neighbours, reconstruct, sample, simulation_based_calibration, tarp
+from pyrogen.evaluation.running import prepared
 from pyrogen.experiment import calibration_figures, figures, latent_figures
 from pyrogen.experiment.latent_walks import Latents, decode, interpolation, latents_of, prior_density, traversal
 from pyrogen.inference import Run
-from pyrogen.inference.programs import latent_sites, prototype
 
 __all__ = ["Block", "comparison_blocks", "fit_blocks", "labels_of"]
 
@@ -32,9 +30,10 @@ PAIRS, UNITS, STEPS = 6, 8, 9
 LATENT_ROWS = 1000
 POSTERIOR_DRAWS, PRIOR_DRAWS = 10_000, 20_000
 """Of all observations together, at least; contours from fewer are ragged."""
-NEIGHBOURS_AMONG = 10_000
-_FAILURES = (ValueError, ArithmeticError, RuntimeError)
-"""By which a picture is left out: it shall not cost the others, nor the comparison at whose end it is drawn."""
+VALUES = 2**24
+"""Of so many numbers training rows are compared with samples at once, 128 MiB."""
+_UNDEFINED = (ValueError, ArithmeticError)
+"""By which a picture says that it is not defined for a fit. Other errors are faults, of a device or of ours."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,13 +60,22 @@ Made = tuple[str, Figure] | None
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """A fit with the rows that its pictures show."""
+    """A fit with the rows that it was evaluated on, the data that it was fitted to, and the seed of its pictures."""
 
     run: Run
-    rows: tuple[Tensor, ...]
+    evaluated: tuple[Tensor, ...]
     data: Any
     seed: int
-    images: bool
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        """What is shown of the rows."""
+        x, *others = (each[:CLOUD] for each in self.evaluated)
+        return as_float(x), *others
+
+    @cached_property
+    def images(self) -> bool:
+        return figures.are_images(self.x)
 
     @property
     def x(self) -> Tensor:
@@ -93,7 +101,9 @@ def comparison_blocks(table: pd.DataFrame, histories: dict[str, pd.DataFrame], x
     return found
 
 
-def fit_blocks(run: Run, rows: tuple[Tensor, ...], data: Any, seed: int = 0) -> list[Block]:
+def fit_blocks(
+    run: Run, rows: tuple[Tensor, ...], data: Any, seed: int = 0, evaluation_seed: int | None = None
+) -> list[Block]:
     """Every picture of a fit that its data and its program allow.
 
     Args:
@@ -101,13 +111,15 @@ def fit_blocks(run: Run, rows: tuple[Tensor, ...], data: Any, seed: int = 0) -> 
         rows: Observations that it was not trained on, a tuple of tensors that its programs take.
         data: What was fitted, for labels and nearest neighbours.
         seed: Of the draws.
+        evaluation_seed: That of the figures that stand beside the pictures, where it is another one; calibration is
+            shown as the evaluation of these rows found it.
 
     Returns:
         First what is wrong with the fit, then the pictures. Those that such data do not have are left out; of those
         that failed a block says why.
     """
-    x, *others = (each[:CLOUD] for each in rows)
-    fit = _Fit(run, (as_float(x), *others), data, seed, figures.are_images(as_float(x)))
+    fit = _Fit(run, rows, data, seed)
+    calibrated = seed if evaluation_seed is None else evaluation_seed
     makers: list[tuple[str, Callable[[], Made]]] = [
         ("Samples", lambda: _samples(fit)),
         ("Reconstructions", lambda: _reconstructions(fit)),
@@ -118,7 +130,7 @@ def fit_blocks(run: Run, rows: tuple[Tensor, ...], data: Any, seed: int = 0) -> 
         some = fit.first(LATENT_ROWS)
         draws = math.ceil(POSTERIOR_DRAWS / len(some[0]))
         latents = latents_of(run, some, draws=draws, prior_draws=PRIOR_DRAWS, seed=seed)
-    except _FAILURES as error:
+    except _UNDEFINED as error:
         found.append(Block("Latents", f"Not shown: {error}."))
     else:
         walks: list[tuple[str, Callable[[], Made]]] = [
@@ -128,8 +140,8 @@ def fit_blocks(run: Run, rows: tuple[Tensor, ...], data: Any, seed: int = 0) -> 
         ]
         found += [_made(*maker) for maker in walks]
     found += [
-        _made("Calibration", lambda: _ranks(fit)),
-        _made("Coverage", lambda: _coverage(fit)),
+        _made("Calibration", lambda: _ranks(fit, calibrated)),
+        _made("Coverage", lambda: _coverage(fit, calibrated)),
         _made("Training", lambda: _curves(fit)),
         _made("Critics", lambda: _critics(fit)),
     ]
@@ -139,7 +151,7 @@ def fit_blocks(run: Run, rows: tuple[Tensor, ...], data: Any, seed: int = 0) -> 
 def _diagnosis(fit: _Fit) -> Block:
     try:
         found = diagnose(fit.run, fit.data, seed=fit.seed)
-    except (*_FAILURES, TypeError) as error:
+    except (*_UNDEFINED, TypeError) as error:
         return Block("Diagnosis", f"Not made: {error}.")
     lines = [" ".join(str(finding).split()) for finding in found] or ["Nothing found."]
     lines += [f"Not looked for: {name} ({why})." for name, why in found.unchecked.items()]
@@ -149,7 +161,7 @@ def _diagnosis(fit: _Fit) -> Block:
 def _made(title: str, make: Callable[[], Made]) -> Block | None:
     try:
         found = make()
-    except _FAILURES as error:
+    except _UNDEFINED as error:
         _log.warning("no figure '%s': %s", title, error)
         return Block(title, f"Not shown: {error}.")
     return None if found is None else Block(title, *found)
@@ -200,15 +212,23 @@ def _neighbours(fit: _Fit) -> Made:
     drawn = sample(fit.run, ACROSS, seed=fit.seed, mean=True, given=fit.first(ACROSS)[1:])
     if not isinstance(drawn, Tensor):
         return None
-    train = train[:NEIGHBOURS_AMONG]
-    points = drawn.cpu().float().flatten(1)
-    distances = [torch.cdist(points, as_float(part).cpu().float().flatten(1)) for part in train.split(1000)]
-    nearest = as_float(train[torch.cat(distances, 1).argmin(1).to(train.device)]).cpu()
+    drawn = drawn.cpu().float()
+    nearest = as_float(train[_nearest(drawn, train).to(train.device)]).cpu()
     return (
         f"{ACROSS} samples, and below each the nearest of {len(train)} training rows in Euclidean distance: a model "
         "that has memorised them shows the same twice.",
-        latent_figures.image_grid(torch.stack([drawn.cpu().float(), nearest.float()]), ["sample", "nearest"]),
+        latent_figures.image_grid(torch.stack([drawn, nearest.float()]), ["sample", "nearest"]),
     )
+
+
+def _nearest(samples: Tensor, training: Tensor) -> Tensor:
+    """Which of all training rows is nearest to each of the samples."""
+    parts = training.split(max(1, VALUES // training[0].numel()))
+    found = [nearest_neighbours(samples, part.to(samples.device)) for part in parts]
+    distances = torch.cat([each.distances for each in found], 1)
+    indices = torch.cat([each.indices for each in found], 1)
+    part = distances.argmin(1, keepdim=True)
+    return (indices.gather(1, part) + part * len(parts[0])).squeeze(1)
 
 
 def _interpolations(fit: _Fit, latents: Latents) -> Made:
@@ -320,53 +340,50 @@ def labels_of(data: Any, x: Tensor) -> tuple[Tensor | None, tuple[str, ...] | No
     return None, None
 
 
-def _is_simulated(fit: _Fit) -> bool:
-    """Whether simulations are quick: not with global sites, of which each takes a data set of its own."""
-    sites = latent_sites(prototype(fit.run.model, *fit.first(2))).values()
-    return fit.run.guide is not None and bool(sites) and not any(site.is_global for site in sites)
+def _simulated(fit: _Fit, check: Callable, seed: int) -> Any:
+    """What a check of the guide finds by simulations, the same as in the fit's evaluation.
 
-
-def _ranks(fit: _Fit) -> Made:
-    if not _is_simulated(fit):
+    None where there is no guide, and with global sites, of which every simulation takes a data set of its own.
+    """
+    run = fit.run
+    if run.guide is None:
         return None
-    model, guide = fit.run.model, fit.run.guide
-    found = simulation_based_calibration(model, guide, fit.rows, log_likelihood=False, seed=fit.seed)  # type: ignore[arg-type]
+    with prepared(run.model, run.guide, fit.first(2), seed=seed, values=False) as pair:
+        if pair.has_global or not pair.latents:
+            return None
+    return check(run.model, run.guide, fit.evaluated, seed=seed)
+
+
+def _ranks(fit: _Fit, seed: int) -> Made:
+    if (found := _simulated(fit, simulation_based_calibration, seed)) is None:
+        return None
+    others = " and in log p(x|z)" if "log_likelihood" in found.ranks else ""
     caption = (
         f"Where each of {found.simulations} draws of the model ranks among {found.draws} of the guide given what it "
-        f"shows, in {len(found.units)} units. A unit of a right guide stays in the band, all in the lighter one; "
-        f"ranks as uneven as these have the probability p = {found.p_value:.2g}. Below, the unit with the smallest p."
+        f"shows, in {len(found.units) - bool(others)} units{others}. A unit of a right guide stays in the band, all in "
+        f"the lighter one; ranks as uneven as these have the probability {_p(found.p_value)}. Below, the unit with the "
+        "smallest p."
     )
-    return caption, _stacked(calibration_figures.ranks({"guide": found}), 5.6)
+    return caption, calibration_figures.stacked(calibration_figures.ranks({"guide": found}))
 
 
-def _coverage(fit: _Fit) -> Made:
-    if not _is_simulated(fit):
+def _coverage(fit: _Fit, seed: int) -> Made:
+    if (found := _simulated(fit, tarp, seed)) is None:
         return None
-    found = tarp(fit.run.model, fit.run.guide, fit.rows, seed=fit.seed)  # type: ignore[arg-type]
     caption = (
         f"How often credible regions around random points hold the model's draw, in {found.simulations} simulations "
         f"with {found.draws} draws each (TARP). A right guide stays in the band, and is as far off with probability "
-        f"p = {found.p_value:.2g}."
+        f"{_p(found.p_value)}."
     )
     figure = calibration_figures.coverage({"guide": found})
     if (legend := figure.axes[0].get_legend()) is not None:
         legend.remove()
-    return caption, _stacked(figure, 5.6)
+    return caption, calibration_figures.stacked(figure)
 
 
-def _stacked(figure: Figure, height: float) -> Figure:
-    """A figure for a column of a page: panels and legends one below the other, and no title, which the page gives."""
-    places = GridSpec(len(figure.axes), 1, figure=figure)
-    for place, axes in enumerate(figure.axes):
-        axes.set_subplotspec(places[place])
-        if (legend := axes.get_legend()) is not None:
-            legend.remove()
-            handles, names = axes.get_legend_handles_labels()
-            figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=9, ncols=2)
-    figure.axes[0].set_title("")
-    figure.suptitle("")
-    figure.set_size_inches(latent_figures.WIDTH, height)
-    return figure
+def _p(value: float) -> str:
+    """With as many digits as in the table."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _curves(fit: _Fit) -> Made:

@@ -12,7 +12,7 @@ import pandas as pd
 from pyrogen.evaluation.marginals import is_saturated
 from pyrogen.inference import Run
 
-__all__ = ["COLUMNS", "Column", "Comparison", "row_of", "slug"]
+__all__ = ["COLUMNS", "Column", "Comparison", "row_of", "slug", "steps_of"]
 
 WIDTH = 160
 """Characters up to which the sections of a printed table stand side by side."""
@@ -196,18 +196,24 @@ def slug(name: str) -> str:
 
 
 def row_of(run: Run, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table: the figures of an evaluation, the time of the training, and how much was trained."""
+    """A row of the table: the figures of an evaluation, time and steps of the training, and how much was trained."""
     critics = {id(p) for p in run.objective.critics.parameters()}
     trained = {id(p): p for p in run.programs.parameters() if p.requires_grad and id(p) not in critics}
     parameters = sum(p.numel() for p in trained.values())
-    return {**figures, "seconds": run.seconds, "parameters": parameters}
+    return {**figures, "seconds": run.seconds, "steps": steps_of(run), "parameters": parameters}
+
+
+def steps_of(run: Run) -> int:
+    """How many steps a run has been trained for, by which figures of an earlier state are told from its own."""
+    return 0 if run.history.empty else int(run.history["step"].iloc[-1])
 
 
 class Comparison(pd.DataFrame):
     """A table with one row for each fit, and the fits themselves.
 
-    Its columns are the fields of :class:`pyrogen.evaluation.Evaluation`, with ``seconds`` for the training and
-    ``parameters`` for how many are trained in model and guide. It is a ``pandas.DataFrame`` that prints rounded.
+    Its columns are the fields of :class:`pyrogen.evaluation.Evaluation`, with ``seconds`` and ``steps`` for the
+    training and ``parameters`` for how many are trained in model and guide. It is a ``pandas.DataFrame`` that prints
+    rounded.
 
     Attributes:
         runs: The fits by name.

@@ -187,6 +187,19 @@ def test_a_narrow_prior_asks_for_less_variance(make_run):
     assert not named(make_run, model, guide, x)
 
 
+@pytest.mark.parametrize(("slope", "scale", "said"), [(0.05, 0.01, False), (0.05, 1.0, True), (0.0, 0.01, True)])
+def test_codes_in_a_corner_of_the_prior_are_no_collapse(slope, scale, said, make_run):
+    """Posterior means with a variance of 0.003 tell observations apart where q(z|x) is as narrow."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(20 * z, 0.5).to_event(1), obs=x)
+
+    guide = normal_guide(lambda x: slope * x + 1.0, scale)
+    assert ("posterior collapse" in named(make_run, model, guide, 1.118 * torch.randn(1000, 1)).names) == said
+
+
 @pytest.mark.parametrize(("falls", "said"), [(True, ["posterior collapse"]), (False, [])])
 def test_units_that_are_lost_together_with_the_bound(falls, said, make_run):
     """Three of four units were active for ten epochs and one is left; warm-up of a weight does that too, but gains."""
@@ -400,6 +413,49 @@ def test_scales_that_do_not_fit(scale, said, make_run):
         assert times is not None and float(times[1]) == pytest.approx(1 / scale**2, rel=0.15)
 
 
+def of_scale(scale, x=TOY.x, shrunk=1.0):
+    """The true model but for the scale of its observations, which is 0.5, and means that are nearer to 0."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(shrunk * z @ TOY.weight.T, scale).to_event(1), obs=x)
+
+    return model, pg.data.Data("mine", train=x[:600], validation=x[600:800], test=x[800:], values="real")
+
+
+@pytest.mark.parametrize(("scale", "said"), [(0.05, "overconfident likelihood"), (5.0, "uninformative likelihood")])
+def test_a_scale_that_is_as_wrong_on_training_data_is_no_overfitting(scale, said, make_run):
+    model, data = of_scale(scale)
+    found = diagnose(make_run(model, exact, data.train), data)
+    assert found.names == (said,)
+    assert "a scale of the size of the errors" in found.findings[0].advice
+    assert "more data" not in found.findings[0].advice and "patience" not in found.findings[0].advice
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.5])
+def test_samples_that_miss_the_data_for_their_scale_drop_no_modes(scale, make_run):
+    """Those of the prior are a fifth as far apart as the data, of which reconstructions are as good as can be."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(5 * TOY.posterior(x).mean, 0.1).to_event(1))
+
+    model, data = of_scale(scale, shrunk=0.2)
+    found = diagnose(make_run(model, guide, data.train), data)
+    if scale == 0.05:
+        assert found.names == ("overconfident likelihood", "prior hole")
+        assert "of the data have no sample near, but on those of" in found.unchecked["mode dropping"]
+    else:
+        assert found.names == ("mode dropping", "prior hole") and not found.unchecked
+
+
+def test_errors_that_are_larger_on_held_out_data_are_overfitting(make_run):
+    model, data = of_scale(0.3, torch.cat([0.4 * TOY.x[:600], TOY.x[600:]]))
+    (finding,) = (each for each in diagnose(make_run(model, exact, data.train), data) if "likelihood" in each.name)
+    assert finding.name == "overconfident likelihood" and "more data" in finding.advice
+
+
 def test_a_scale_at_its_floor_and_levels_without_harm(make_run):
     x = torch.cat([torch.rand(500, 3).mul(16).round().div(16), torch.zeros(500, 1)], 1)
 
@@ -444,12 +500,16 @@ BACK = [10.0, 7.0, 5.5, 5.0, 4.9, 4.8, *np.linspace(4.9, 7.0, 12)]
         ({"loss": [-v for v in RISING], "validation": RISING}, None, None),
         ({"validation": [*RISING, *np.linspace(-5, -8, 10)], "distortion": FALLING, "rate": 1.0}, "overfitting", 22),
         ({"validation": [*RISING, *np.linspace(-5, -5.5, 10)], "distortion": FALLING, "rate": 1.0}, None, None),
+        # Held-out data have no less than those of the training have.
+        ({"validation": [*RISING, *np.linspace(-5, -8, 10)], "distortion": FALLING + 6, "rate": 1.0}, None, None),
         # With beta far below 1 the bound falls on training data too.
         ({"validation": [*RISING, *np.linspace(-5, -8, 10)], "distortion": 2.0, "rate": 10 - FALLING}, None, None),
         ({"loss": BACK}, "divergence", 7),
         ({"loss": [10.0, 10.2, 9.9, 10.1, 9.8, 10.3, 9.9, 10.2, 10.1]}, None, None),
         ({"loss": np.linspace(30.0, 1.0, 40)}, "not converged", None),
-        ({"loss": [3.0, 2.0, 1.0]}, None, None),
+        ({"loss": np.linspace(12.0, 1.0, 12) + 0.1 * np.cos(np.arange(12))}, "not converged", None),
+        ({"loss": [800.0, *np.linspace(30.0, 1.0, 39)]}, "not converged", None),
+        ({"loss": [10.0, 9.9, 10.1, 9.8, 10.1, 9.9, 9.8, 9.9, 10.0, 9.7, 9.7, 9.6]}, None, None),
     ],
 )
 def test_curves(columns, name, epoch, make_run):
@@ -461,6 +521,16 @@ def test_curves(columns, name, epoch, make_run):
         assert found.findings[0].epoch == epoch
     waited = dataclasses.replace(run, options=pg.inference.FitOptions(epochs=50, patience=3))
     assert not diagnose(waited, TOY.x)
+
+
+def test_a_training_that_was_stopped_is_said_first_and_one_too_short_is_not_judged(make_run):
+    model, data = of_scale(0.05)
+    run = make_run(model, exact, data.train)
+    found = diagnose(with_history(run, loss=[*np.linspace(30.0, 1.0, 20)]), data)
+    assert found.names == ("not converged", "overconfident likelihood")
+    found = diagnose(with_history(run, loss=[3.0, 2.0, 1.0]), data)
+    assert found.names == ("overconfident likelihood",)
+    assert found.unchecked["the curves of the training"] == "curves are judged from 8 epochs on, and there were 3"
 
 
 def test_schedules_raise_a_loss_by_themselves(make_run):
@@ -494,7 +564,25 @@ def test_rows_that_are_held_out_and_data_that_are_loaded(digits, make_run):
         diagnose(run, torch.randn(100, 4))
 
 
-def test_covariates_masks_and_few_rows_are_said_to_be_unchecked(make_run):
+@pytest.mark.parametrize("rows", [1, 2, 10, 49, 50])
+def test_of_few_rows_nothing_is_said(rows, make_run):
+    found = named(make_run, TOY.model, exact, TOY.x[:rows])
+    assert not found
+    if rows == 50:
+        assert not found.unchecked
+        return
+    assert {*found.unchecked} == {"posterior collapse", "mode dropping", "prior hole", "saturated likelihood"}
+    assert all("at least 50 rows are needed" in why and f"got {rows}" in why for why in found.unchecked.values())
+
+
+def test_few_rows_that_are_held_out_are_said_to_be_few(make_run):
+    data = pg.data.Data("mine", train=TOY.x[:900], validation=TOY.x[900:920], test=TOY.x[920:], values="real")
+    found = diagnose(make_run(TOY.model, exact, data.train), data)
+    assert not found and [*found.unchecked] == ["saturated likelihood"]
+    assert "at least 50 held-out rows are needed to say something of the whole, got 20" in str(found)
+
+
+def test_covariates_and_masks_are_said_to_be_unchecked(make_run):
     def with_covariates(x, c):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(c, 1.0).to_event(1))
@@ -518,8 +606,6 @@ def test_covariates_masks_and_few_rows_are_said_to_be_unchecked(make_run):
 
     found = named(make_run, masked, exact, TOY.x)
     assert {"mode dropping", "saturated likelihood"} == {*found.unchecked} and not found
-    found = named(make_run, TOY.model, exact, TOY.x[:20])
-    assert {"mode dropping", "prior hole"} == {*found.unchecked} and "at least 50 rows" in str(found)
 
 
 def test_a_diagnosis_reads_well():

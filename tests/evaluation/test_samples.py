@@ -1,3 +1,5 @@
+import dataclasses
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -24,6 +26,13 @@ def nested_guide(x, shift):
 
 
 BATCH = (torch.randn(6, 1), torch.arange(6.0).reshape(6, 1))
+
+
+def test_a_run_without_an_example_is_refused(ppca, exact, make_run):
+    model, x = ppca
+    run = dataclasses.replace(make_run(model, exact, x), example=[])
+    with pytest.raises(ValueError, match="this run has no example, by which the shape of an observation is known"):
+        sample(run, 3)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 4096])

@@ -5,7 +5,9 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from pyrogen.evaluation.simulation_based import TARP, SimulationBasedCalibration, ecdf_band
+from pyrogen.evaluation.simulation_based import SimulationBasedCalibration
+from pyrogen.evaluation.tarp import TARP
+from pyrogen.evaluation.uniform_ranks import ecdf_band
 from pyrogen.experiment import calibration_figures
 
 

@@ -1,5 +1,6 @@
 """compare: fair, complete on disk, resumable, and clear about what does not fit."""
 
+import ast
 import functools
 import math
 import pickle
@@ -119,7 +120,7 @@ def test_random_state_is_given_back(model, digits):
 
 def test_folder_is_complete(finished):
     table, folder, _ = finished
-    written = pd.read_csv(folder / "table.csv", index_col="guide")
+    written = pd.read_csv(folder / "table.csv", index_col="guide", converters={"reasons": ast.literal_eval})
     pd.testing.assert_frame_equal(written, pd.DataFrame(table).replace({None: math.nan}), check_dtype=False)
     for name in ("samples", "reconstructions", "curves", "latents", "comparison"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 5000

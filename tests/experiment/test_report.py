@@ -9,18 +9,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 import pyrogen as pg
-from pyrogen.data import Data
+from pyrogen.data import Data, LinearGaussian
 from pyrogen.distributions import Bernoulli, Delta, Flow, Normal, NormalLikelihood, StandardNormal
 from pyrogen.evaluation.diagnosis import Diagnosis, Finding
 from pyrogen.experiment.report import write_report
 from pyrogen.experiment.report_blocks import Block, fit_blocks, labels_of
 from pyrogen.experiment.table import Comparison, row_of
-from pyrogen.inference import ELBO, GAN, AmortizedGuide, Run
+from pyrogen.inference import ELBO, GAN, AmortizedGuide, FitOptions, Run
+from pyrogen.inference.programs import as_module, describe_example
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP, Critic
 
@@ -181,7 +185,7 @@ def test_fits_have_the_pictures_that_they_allow(table, digits):
 
 def test_diagnosis_in_lines(table, digits, monkeypatch):
     module: Any = pg.experiment.report_blocks
-    fit = module._Fit(table.runs["flow"], (digits.test,), digits, 0, True)
+    fit = module._Fit(table.runs["flow"], (digits.test,), digits, 0)
     findings = Diagnosis((Finding("posterior collapse", "0 of 2", "less of it"),), {"prior hole": "no guide"})
     monkeypatch.setattr(module, "diagnose", lambda *_, **__: findings)
     assert module._diagnosis(fit).lines == (
@@ -276,6 +280,110 @@ def test_what_fails_is_said(digits, table, monkeypatch):
     monkeypatch.setattr(pg.experiment.report_blocks, "sample", fail)
     (_, samples, *_) = fit_blocks(table.runs["gan"], (digits.test,), digits)
     assert samples == Block("Samples", "Not shown: no mean in closed form.")
+
+
+def test_what_fails_for_another_reason_than_the_fit_is_no_picture_left_out(digits, table, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(pg.experiment.report_blocks, "sample", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit_blocks(table.runs["gan"], (digits.test,), digits)
+
+
+def test_calibration_is_that_of_the_evaluation():
+    """An exact guide, whose p-values are any; those beside the plots are the table's of the same seed."""
+    toy = LinearGaussian(observations=40)
+
+    def exact(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", toy.posterior(x))
+
+    programs = as_module(toy.model, toy.x), as_module(exact, toy.x)
+    options, example = FitOptions(epochs=1), describe_example((toy.x[:2],))
+    run = Run(*programs, objective=ELBO(), history=pd.DataFrame(), options=options, example=example)
+    found = pg.evaluate(run, toy.x, parts=["calibration"], seed=3)
+    captions = {block.title: block.caption for block in fit_blocks(run, (toy.x,), toy.x, 0, 3)}
+    for title, name in (("Calibration", "sbc_p_value"), ("Coverage", "tarp_p_value")):
+        p = getattr(found, name)
+        assert 0.001 < p < 1 and f"p = {p:.3f}." in captions[title]
+    assert "in 2 units and in log p(x|z)" in captions["Calibration"]
+
+
+def test_calibration_has_the_seed_of_the_figures(digits, table, tmp_path, monkeypatch):
+    asked = []
+
+    def blocks(run, rows, data, *seeds):
+        asked.append(seeds)
+        return []
+
+    monkeypatch.setattr(pg.experiment.report, "fit_blocks", blocks)
+    rows = [{"elbo": -20.0, "seed": 3}, {"elbo": -20.0}, {"elbo": -20.0, "seed": 4}]
+    write_report(tmp_path, Comparison.of(rows, table.runs, "test rows"), (digits.test,), digits, 7)
+    write_report(tmp_path, table, (digits.test,), digits, 7)
+    assert asked == [(7, 3), (7, 7), (7, 4), (7, 7), (7, 7), (7, 7)]
+
+
+def test_calibration_is_by_all_the_rows_of_the_evaluation(digits, table, monkeypatch):
+    asked = {}
+
+    def check(model, guide, x, **options):
+        asked.update(options, rows=len(x[0]))
+        raise ValueError("enough")
+
+    module: Any = pg.experiment.report_blocks
+    monkeypatch.setattr(module, "simulation_based_calibration", check)
+    monkeypatch.setattr(module, "CLOUD", 10)
+    fit_blocks(table.runs["flow"], (digits.test,), digits, 0, 5)
+    assert asked == {"seed": 5, "rows": 24}
+
+
+def test_why_figures_are_not_defined_is_said_once_for_those_that_share_it(digits, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(pg.experiment.report, "fit_blocks", lambda *_: [])
+    names = [*table.runs]
+    whys = [{"bound": "no <density>"}, {"bound": "no <density>", "samples": "too few"}, None]
+    rows = [{"elbo": -20.0, "reasons": why} for why in whys]
+    write_report(tmp_path, Comparison.of(rows, table.runs, "test rows"), (digits.test,), digits)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"bound, {names[0]}, flow" in page and page.count("no <density>") == 1
+    assert "samples, flow" in page and "\n- samples, flow: too few\n" in markdown
+    assert "no &lt;density&gt;" in markdown and "\n\n\n" not in markdown.split("## All fits")[0]
+    alone = {"flow": table.runs["flow"]}
+    write_report(tmp_path, Comparison.of(rows[1:2], alone, "test rows"), (digits.test,), digits)
+    assert "\n- samples: too few\n" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_nearest_rows_are_of_all_training_rows(monkeypatch):
+    """In parts of seven of the hundred rows, the last of which is smaller."""
+    module: Any = pg.experiment.report_blocks
+    samples, training = torch.rand(5, 1, 2, 3), torch.rand(100, 1, 2, 3)
+    training[99], training[98] = samples[0], samples[0]
+    expected = torch.cdist(samples.flatten(1), training.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    for values in (7 * 6, 1, 10**6):
+        monkeypatch.setattr(module, "VALUES", values)
+        assert module._nearest(samples, training).equal(expected.argmin(1))
+
+
+def test_rows_go_where_the_programs_are():
+    """Rows of another precision, as those that are on another device, are no fault."""
+    ahead, back = torch.nn.Linear(1, 1).double(), torch.nn.Linear(1, 1).double()
+
+    def model(x, c):
+        pyro.module("ahead", ahead)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(ahead(c), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x, c):
+        pyro.module("back", back)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(back(x - c), 1.0).to_event(1))
+
+    x, c = torch.randn(2, 80, 1)
+    run = pg.fit(model, guide, ELBO(), (x.double(), c.double()), epochs=1, progress=False)
+    blocks = fit_blocks(run, (x[40:], c[40:]), (x[:40], c[:40]))
+    assert {"Calibration", "Coverage"} <= {*titles(blocks)}
 
 
 def test_labels_are_those_of_the_rows(digits):
