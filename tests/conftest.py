@@ -4,6 +4,8 @@ import pyro
 import pytest
 import torch
 
+from pyrogen.inference import compilation
+
 
 def _global_state() -> dict[str, object]:
     return {
@@ -39,3 +41,9 @@ def parameter_store():
     """A parameter store of the test's own, for programs that are run as Pyro runs them."""
     with pyro.get_param_store().scope():
         yield
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Objectives are traced, and their graphs run operation by operation, which spares the time of compiling them."""
+    monkeypatch.setattr(compilation, "lowered", lambda graph, inputs: graph)

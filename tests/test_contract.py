@@ -47,6 +47,7 @@ from pyrogen.inference import (
     Renyi,
     VGHPlusPlus,
 )
+from pyrogen.inference.compilation import Compiled
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP, Critic
 
@@ -218,3 +219,40 @@ def test_every_objective_fits_saves_and_loads(name, guide, tmp_path):
     assert describe(again.objective) == describe(run.objective) and repr(again.objective) == repr(run.objective)
     ours, theirs = run.programs.state_dict(), again.programs.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def gradients_of(module, x, gradients):
+    """The loss, the gradients by name and the figures from a seed, by a function that puts gradients in place."""
+    torch.manual_seed(3)
+    module.zero_grad(set_to_none=True)
+    loss = gradients(x)
+    return loss, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}, module.latest.metrics
+
+
+def check_traced(module, x):
+    """Traced and as it is, an objective has the same loss, gradients and figures from the same random numbers."""
+
+    def as_it_is(x):
+        loss = module(x)
+        loss.backward()
+        return loss.detach()
+
+    module(x)
+    compiled = Compiled(module)
+    known = gradients_of(module, x, as_it_is)
+    traced = gradients_of(module, x, lambda x: compiled.backward(x).loss)
+    assert compiled.why_not is None
+    torch.testing.assert_close(traced, known, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "guide"), SERVED)
+def test_every_objective_can_be_traced(name, guide, traced_only):
+    model, guide, x = make_programs(guide)
+    check_traced(OBJECTIVES[name][0]()(model, guide), x)
+
+
+@pytest.mark.parametrize(("prior", "family"), [*zip(PRIORS, [*FAMILIES, "normal"], strict=True)])
+def test_every_family_can_be_traced(prior, family, traced_only):
+    for likelihood in LIKELIHOODS if prior == "normal" else ["Bernoulli"]:
+        model, x = make_model(prior, likelihood)
+        check_traced(ELBO(2)(model, AmortizedGuide(model, MLP(SHAPE, 8, (8,)), FAMILIES[family])), x)

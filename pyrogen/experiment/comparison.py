@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -57,6 +57,7 @@ def compare(
     precision: str = "32-true",
     critic: CriticOptions | None = None,
     average: float | None = None,
+    compile: bool | Literal["auto"] = False,
     parts: Sequence[str] | str = DEFAULT,
     particles: int = 1000,
     skip_unserved: bool = False,
@@ -81,8 +82,8 @@ def compare(
         data: As for :func:`pyrogen.fit`.
         test: Rows for the evaluation, a tensor or a tuple of tensors; by default the test split where data have one,
             otherwise the training data, which the table then says.
-        epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision, critic, average:
-            As for :func:`pyrogen.fit`.
+        epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision, critic, average,
+            compile: As for :func:`pyrogen.fit`.
         parts: Which parts of :func:`pyrogen.evaluate`; ``"all"`` for all. Samples of labelled images are compared by
             the features of a classifier that is trained for it.
         particles: Draws for each test row, for the log-likelihood.
@@ -129,6 +130,7 @@ def compare(
         precision=precision,
         critic=critic or CriticOptions(),
         average=average,
+        compile=compile,
     )
     batches, _ = training_and_validation(data, batch_size, seed)
     known_parts(parts)
@@ -248,6 +250,7 @@ def _train(each: _Fit, data: Any, options: FitOptions, folder: Path | None, resu
                 precision=options.precision,
                 critic=options.critic,
                 average=options.average,
+                compile=options.compile,
                 callbacks=(lambda run: work.trained(each, int(run.history["step"].iloc[-1])),),
                 progress=False,
                 out=None if folder is None else folder / each.slug,

@@ -2,6 +2,7 @@
 
 from pyrogen.inference.adaptive import AdaptiveContrast
 from pyrogen.inference.adversarial import ALI, GAN, VAEGAN
+from pyrogen.inference.compilation import Compiled
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
 from pyrogen.inference.kernels import (
@@ -47,6 +48,7 @@ __all__ = [
     "AlphaGAN",
     "AmortizedGuide",
     "BetaTCVAE",
+    "Compiled",
     "CriticOptions",
     "CyclicalSchedule",
     "DonskerVaradhan",

@@ -73,6 +73,8 @@ class Hybrid(CriticObjective):
         ValueError: For an option that is not known; when prepared, for programs that it can't serve.
     """
 
+    schedules = ("latent",)
+
     def __init__(
         self,
         particles: int = 1,
@@ -162,8 +164,7 @@ class Hybrid(CriticObjective):
             ratio, teaching = self._latent_term(draws, terms)
             what = "marginal_kl_estimate" if "latent" in self.critics else "rate_estimate"
             metrics["rate" if self.exact else what] = ratio.mean()
-            weight = self.latent(self.step) if callable(self.latent) else self.latent
-            loss = loss + weight * (ratio.mean() + teaching)
+            loss = loss + self.weight_of("latent") * (ratio.mean() + teaching)
         if self.visible_reconstructions:
             shown = draws.reconstructions if self.through_guide else draws.visible(draws.detached)
             metrics["verdict_reconstructions"] = self._verdict(shown)

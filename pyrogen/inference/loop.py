@@ -34,6 +34,8 @@ from pyrogen.inference.checkpoints import (
     unique_tensors,
     write_tensors,
 )
+from pyrogen.inference.compilation import Compiled
+from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.programs import latent_sites, prototype
 from pyrogen.inference.run import INACTIVE_UNITS, SETTINGS, FitOptions, Run, settings_of, write_run, write_yaml
 from pyrogen.inference.units import UNIT_ROWS, inactive_units
@@ -44,6 +46,11 @@ __all__ = ["CHECKPOINT", "NonFiniteLoss", "Training"]
 CHECKPOINT = "checkpoint.safetensors"
 MAY_CHANGE = ("epochs", "steps", "patience", "device", "checkpoint_every")
 """Options that another part of the same run may have."""
+
+PAYS_FROM = 90.0
+"""Seconds that are left of a fit, above which compiling it is worth its time."""
+TIMED = 20
+"""Steps after which it is known how long one takes."""
 
 _VALIDATION_ROWS = 1000
 """Rows of a validation batch, copies counted."""
@@ -106,6 +113,9 @@ class Training:
                 f"the critics' warm-up of {options.critic.warmup} steps takes all {self.total} of this fit, so the "
                 "program would never move; train for longer, or choose a shorter warmup"
             )
+        self.full = min(options.batch_size, len(batches))
+        self.compiled = Compiled(self.programs) if options.compile is True and self._compilable else None
+        self.timed, self.fastest = 0, math.inf
         self.step = 0
         self.best = -math.inf
         self.best_weights: dict[str, Tensor] = {}
@@ -115,6 +125,11 @@ class Training:
     def out_of_patience(self) -> bool:
         patience = self.run.options.patience
         return patience is not None and self.since_best >= patience
+
+    @property
+    def _compilable(self) -> bool:
+        # Scaled gradients are unscaled by Fabric, between its own backward pass and the step.
+        return self.run.options.precision != "16-mixed"
 
     def go(self, progress: bool) -> None:
         """Train from where training stands to its end, and leave the run as it shall be."""
@@ -144,8 +159,10 @@ class Training:
         rows = count = 0
         self.programs.train()
         for batch in self.batches.epoch(epoch, self.fabric.device, skip=done):
+            began = time.perf_counter()
             self._critic_steps(len(batch[0]))
             metrics = self._step(batch)
+            self._consider_compiling(time.perf_counter() - began)
             for name, value in metrics.items():
                 sums[name] = sums[name] + value if name in sums else value
             rows, count = rows + len(batch[0]), count + 1
@@ -156,6 +173,9 @@ class Training:
         self._check_weights()
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
+        if self.compiled is not None:
+            self.run.compile_seconds += self.compiled.seconds
+            self.compiled.seconds = 0.0
         means = {name: float(value) / count for name, value in sums.items()}
         row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step} | means
         self.watch.look(row, count, self.settling)
@@ -178,22 +198,48 @@ class Training:
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rates[name] * factor
-        loss = self.module(*batch)
-        estimate: Any = self.programs.latest
+        estimate = self._gradients(batch)
+        loss = estimate.loss.detach()
         if not math.isfinite(loss.item()):
-            origin = estimate.terms.origin_of_nan()
-            if estimate.of_program is not None and math.isfinite(estimate.of_program.item()):
-                origin = "the critics' own loss, whose learning rate is that of critic=CriticOptions(learning_rate=...)"
-            raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", origin))
-        for stepper in self.steppers.values():
-            stepper.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
+            raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", self._origin(estimate, batch)))
         for name, stepper in self.steppers.items():
             if name == "critic" or self.step >= options.critic.warmup or "critic" not in self.steppers:
                 self._move(stepper)
         self._average()
         self.step += 1
-        return {"loss": loss.detach() if estimate.of_program is None else estimate.of_program} | estimate.metrics
+        return {"loss": loss if estimate.of_program is None else estimate.of_program} | estimate.metrics
+
+    def _gradients(self, batch: tuple[Tensor, ...]) -> Estimate:
+        """The estimate of a batch, with the gradients of all parameters in place."""
+        if self.compiled is not None and len(batch[0]) == self.full:
+            with self.fabric.autocast():
+                return self.compiled.backward(*batch)
+        loss = self.module(*batch)
+        for stepper in self.steppers.values():
+            stepper.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        return self.programs.latest  # type: ignore[return-value]
+
+    def _origin(self, estimate: Estimate, batch: tuple[Tensor, ...]) -> str:
+        """Where a loss that is not finite began."""
+        if estimate.of_program is not None and math.isfinite(estimate.of_program.item()):
+            return "the critics' own loss, whose learning rate is that of critic=CriticOptions(learning_rate=...)"
+        if estimate.terms is None:  # of a compiled step, which keeps no traces
+            with torch.no_grad():
+                self.module(*batch)
+            estimate = self.programs.latest  # type: ignore[assignment]
+        assert estimate.terms is not None
+        return estimate.terms.origin_of_nan()
+
+    def _consider_compiling(self, seconds: float) -> None:
+        """Compile from here on where that is left to the time that it saves."""
+        if self.run.options.compile != "auto" or self.compiled is not None or not self._compilable:
+            return
+        self.timed += 1
+        # The first steps are slower than others, and one alone tells little.
+        self.fastest = min(seconds, self.fastest)
+        if self.timed == TIMED and self.fastest * (self.total - self.step) > PAYS_FROM:
+            self.compiled = Compiled(self.programs)
 
     def _move(self, stepper: Any) -> None:
         clip = self.run.options.gradient_clip
@@ -204,9 +250,14 @@ class Training:
     def _critic_steps(self, rows: int) -> None:
         """The steps that critics take before the one that they share with the program."""
         for _ in range(self.critic_steps - 1):
-            loss = self.module.critic_loss(*self.batches.some(rows, self.fabric.device))
-            self.steppers["critic"].zero_grad(set_to_none=True)
-            self.fabric.backward(loss)
+            batch = self.batches.some(rows, self.fabric.device)
+            if self.compiled is not None and rows == self.full:
+                with self.fabric.autocast():
+                    self.compiled.critics_backward(*batch)
+            else:
+                loss = self.module.critic_loss(*batch)
+                self.steppers["critic"].zero_grad(set_to_none=True)
+                self.fabric.backward(loss)
             self._move(self.steppers["critic"])
 
     def _average(self) -> None:
@@ -311,9 +362,11 @@ class Training:
             "since_best": self.since_best,
             "objective_step": self.run.objective.step,
             "seconds": self.run.seconds,
+            "compile_seconds": self.run.compile_seconds,
             "history": self.run.history.to_dict("list"),
             "optimizers": optimizers,
             "watch": self.watch.state(),
+            "compiled": self.compiled is not None,
             "precision": self.fabric.strategy.precision.state_dict(),
             "identity": self._identity(),
         }
@@ -368,11 +421,14 @@ class Training:
         for index, tensor in enumerate(self.averaged):
             tensor.copy_(under("averaged.")[str(index)])
         self.watch = CriticWatch(**values["watch"])
+        if values["compiled"] and self.compiled is None:
+            self.compiled = Compiled(self.programs)
         self.fabric.strategy.precision.load_state_dict(values["precision"])
         self.best_weights = under("best.")
         self.step, self.since_best = values["step"], values["since_best"]
         self.best = -math.inf if values["best"] is None else values["best"]
         self.run.objective.step, self.run.seconds = values["objective_step"], values["seconds"]
+        self.run.compile_seconds = values["compile_seconds"]
         self.run.history = pd.DataFrame(values["history"])
         set_random_state(under("random."), self.fabric.device)
 

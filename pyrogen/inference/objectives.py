@@ -18,7 +18,8 @@ so that the expected loss of a minibatch is that of the whole data set.
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class Estimate:
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    terms: Terms
+    terms: Terms | None
     of_program: Tensor | None = None
     """Of the loss what the program minimises, where critics have a part in it."""
 
@@ -88,6 +89,8 @@ class Objective(pyro.infer.ELBO):
             come in minibatches and the ``"data"`` plate is not a subsampling one; ``fit`` sets it.
     """
 
+    schedules: ClassVar[tuple[str, ...]] = ()
+    """The weights that may be schedules, from the number of the step to a number."""
     validates_as: ClassVar[str | None] = "validation"
     """What the mean of :meth:`bound` over validation data is called; None where there is no such thing."""
     uses_guide: ClassVar[bool] = True
@@ -101,6 +104,26 @@ class Objective(pyro.infer.ELBO):
         self.step = 0
         self.critics = nn.ModuleDict()
         self.critic_steps = 1
+        self._held: Mapping[str, float | Tensor] = {}
+
+    def scheduled(self) -> dict[str, float]:
+        """The weights that follow a schedule, as they are at this step."""
+        weights = {name: getattr(self, name) for name in self.schedules}
+        return {name: float(weight(self.step)) for name, weight in weights.items() if callable(weight)}
+
+    def weight_of(self, name: str) -> float | Tensor:
+        """A weight as it is at this step, or as it is held."""
+        weight = self._held.get(name, getattr(self, name))
+        return weight(self.step) if callable(weight) else weight
+
+    @contextmanager
+    def held(self, weights: Mapping[str, float | Tensor]) -> Iterator[None]:
+        """Within, weights that follow a schedule are these."""
+        self._held = weights
+        try:
+            yield
+        finally:
+            self._held = {}
 
     def prepare(self, model: Callable, guide: Callable | None, *batch: Tensor) -> None:
         """See that the objective can serve these programs, and build what it needs beside them.
@@ -217,6 +240,8 @@ class ELBO(Objective):
         ELBO(particles=1, beta=0.5)
     """
 
+    schedules = ("beta",)
+
     def __init__(
         self,
         particles: int = 1,
@@ -250,9 +275,9 @@ class ELBO(Objective):
         )
 
     def loss_of(self, terms: Terms) -> Tensor:
-        beta = self.beta(self.step) if callable(self.beta) else self.beta
+        beta = self.weight_of("beta")
         rate = self._free_rate(terms) if self.free_bits else terms.ratio.mean()
-        if beta == 0.0:  # a point mass may have an infinite rate, and 0 · ∞ is not 0
+        if isinstance(beta, (int, float)) and beta == 0.0:  # a point mass may have an infinite rate, and 0 · ∞ is not 0
             return terms.global_rate - terms.log_likelihood.mean()
         return terms.global_rate - terms.log_likelihood.mean() + beta * rate
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -91,6 +91,7 @@ class FitOptions:
     checkpoint_every: int = 1
     critic: CriticOptions = CriticOptions()
     average: float | None = None
+    compile: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -117,6 +118,8 @@ class FitOptions:
             raise ValueError(f"critic is CriticOptions(...), how critics are trained, got {self.critic!r}")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average is the decay of averaged weights, between 0 and 1, got {self.average!r}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"compile is True, False or 'auto', got {self.compile!r}")
         if not callable(self.schedule) and self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(
                 f"schedule is 'constant', 'linear', 'cosine' or a callable from the share of training done to a "
@@ -146,6 +149,7 @@ class Run:
         data: What :func:`pyrogen.data.load` can load again, or None for data of the user's own.
         example: Shape and type of each tensor of a batch of two rows.
         seconds: Time spent in training.
+        compile_seconds: What compiling took of that.
     """
 
     model: nn.Module
@@ -156,6 +160,7 @@ class Run:
     data: dict[str, Any] | None = None
     example: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -174,9 +179,10 @@ class Run:
 
     def __repr__(self) -> str:
         rows = "" if self.history.empty else f", loss={self.history['loss'].iloc[-1]:.3f}"
+        compiled = f", compiled in {self.compile_seconds:.1f} s" if self.compile_seconds else ""
         return (
             f"Run(model={type(self.model).__name__}, guide={type(self.guide).__name__}, "
-            f"objective={self.objective!r}, epochs={len(self.history)}{rows})"
+            f"objective={self.objective!r}, epochs={len(self.history)}{rows}{compiled})"
         )
 
 
@@ -226,6 +232,7 @@ def settings_of(run: Run) -> dict[str, Any]:
         "data": run.data,
         "example": run.example,
         "seconds": run.seconds,
+        "compile_seconds": run.compile_seconds,
     }
     seen: dict[int, tuple[Any, Any]] = {}
     for name in ("model", "guide", "objective"):
@@ -330,6 +337,7 @@ def load(
             data=settings["data"],
             example=settings["example"],
             seconds=settings["seconds"],
+            compile_seconds=settings.get("compile_seconds", 0.0),
         )
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise ValueError(

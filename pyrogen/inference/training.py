@@ -53,6 +53,7 @@ def fit(
     overwrite: bool = False,
     critic: CriticOptions | None = None,
     average: float | None = None,
+    compile: bool | Literal["auto"] = False,
 ) -> Run:
     """Train a model with its guide.
 
@@ -88,6 +89,9 @@ def fit(
             :class:`~pyrogen.inference.CriticOptions`.
         average: Decay of an exponential moving average of the programs' weights, such as 0.999, by which they are
             validated and with which they end; None for the weights themselves.
+        compile: Trace the objective once and train by a compiled graph, see :class:`~pyrogen.inference.Compiled`; what
+            can't be compiled is trained as it is, with a warning. It takes 5 to 30 seconds, less for a program that was
+            compiled before. ``"auto"`` compiles where the steps left would take over a minute and a half without.
 
     Returns:
         The run: ``.model``, ``.guide``, ``.objective``, ``.history``, ...
@@ -123,6 +127,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         critic=CriticOptions() if critic is None else critic,
         average=average,
+        compile=compile,
     )
     if not isinstance(objective, Objective):
         came = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
