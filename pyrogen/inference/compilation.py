@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.objectives import Estimate, ObjectiveModule
+from pyrogen.inference.programs import modules_of
 
 __all__ = ["Compiled"]
 
@@ -52,7 +53,7 @@ class Compiled:
 
     What a program decides, it decides while it is traced: a loop runs as often as then, and a number that it computes
     in Python stays what it was. Schedules of an objective (``beta=``, ``latent=``) and modes (``train``, ``eval``) are
-    followed, and so are parameters and buffers, in whatever module.
+    followed, and so are parameters and buffers of programs and of the modules that they refer to.
 
     Args:
         module: An objective with its programs, ``objective(model, guide)``.
@@ -75,12 +76,9 @@ class Compiled:
         self.why_not: str | None = None
         """What keeps the objective from being compiled, once that is known."""
         self._graphs: dict[Any, _Graph | None] = {}
-        for program in (module.model, module.guide):
-            if program is not None and not isinstance(program, nn.Module):
-                raise TypeError(
-                    f"expected programs that are modules, got {program!r}; fit(..., compile=True) takes functions too"
-                )
-        self._modules, self._parameters = [*module.modules()], [*module.parameters()]
+        # With the modules that functions refer to.
+        self._whole = nn.ModuleList([module, *modules_of(module.model), *modules_of(module.guide)])
+        self._modules, self._parameters = [*self._whole.modules()], [*self._whole.parameters()]
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss of a batch, to be differentiated; ``module.latest`` then holds the whole estimate."""
@@ -120,7 +118,7 @@ class Compiled:
         return loss, found[len(graph.metrics) :]
 
     def _trained(self, which: str) -> list[nn.Parameter]:
-        root = self.module.critics if which == "critic_loss" else self.module
+        root = self.module.critics if which == "critic_loss" else self._whole
         return [p for p in root.parameters() if p.requires_grad]
 
     def _graph(self, which: str, batch: tuple[Tensor, ...]) -> _Graph | None:
@@ -164,7 +162,7 @@ class Compiled:
 
     def _compiled(self, which: str, batch: tuple[Tensor, ...]) -> _Graph:
         objective, trained = self.module.elbo, self._trained(which)
-        state = [*self.module.parameters(), *self.module.buffers()]
+        state = [*self._parameters, *self._whole.buffers()]
         now, count = objective.scheduled(), len(batch)
         names: list[str] = []
         shares: list[Tensor] = []
@@ -188,6 +186,11 @@ class Compiled:
         # Validation looks at values.
         with self._as_found(batch[0].device), pyro.validation_enabled(False):
             graph = make_fx(step, tracing_mode="real")(*inputs)
+        known = {id(parameter) for parameter in self._parameters}
+        if strange := sorted(name for name, p in self.module._store["params"].items() if id(p) not in known):
+            raise ValueError(
+                f"its parameters {strange} stand in Pyro's store alone; fit(..., compile=True) takes these"
+            )
         run = lowered(graph, inputs)
         return _Graph(which, run, tuple(names), bool(shares), tuple(trained), tuple(state))
 
@@ -216,7 +219,7 @@ class Compiled:
     def _as_found(self, device: torch.device) -> Iterator[None]:
         """Within, the objective runs and leaves no mark: random state, buffers, number of the step."""
         objective, latest = self.module.elbo, self.module.latest
-        step, buffers = objective.step, [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        step, buffers = objective.step, [(buffer, buffer.clone()) for buffer in self._whole.buffers()]
         try:
             with seeded(None, device):
                 yield

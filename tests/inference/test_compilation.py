@@ -284,5 +284,19 @@ def test_auto_compiles_what_would_take_long(pays_from, expected, traced_only, mo
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="compile is True, False or 'auto', got 'yes'"):
         fitted(programs, ELBO, compile="yes")
-    with pytest.raises(TypeError, match="expected programs that are modules"):
-        Compiled(ELBO()(*functions()))
+
+
+def test_functions_in_a_loop_of_ones_own(traced_only, caplog):
+    """The modules that they refer to have gradients; parameters of Pyro's store do not come along."""
+    compiled = Compiled(ELBO()(*functions()))
+    compiled(X)
+    assert compiled.why_not is not None and "['scale', 'shift'] stand in Pyro's store alone" in compiled.why_not
+    toy, encoder = pg.data.LinearGaussian(), nn.Linear(4, 2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    compiled = Compiled(ELBO()(toy.model, guide))
+    compiled(toy.x[:5]).backward()
+    assert compiled.why_not is None and encoder.weight.grad is not None
