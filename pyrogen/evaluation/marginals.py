@@ -4,16 +4,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyrogen.evaluation.aggregate import aggregated
 from pyrogen.evaluation.errors import check_not_negative, standard_error
 from pyrogen.evaluation.running import ROWS, check_counts
 
-__all__ = ["MarginalKL", "is_saturated", "marginal_kl", "mutual_information"]
+__all__ = ["MarginalKL", "marginal_kl", "mutual_information"]
 
-SATURATED = 1.0
-"""Within how many nats of log N a mutual information is as large as N observations can show."""
+KNOWN = 1e-5
+"""The least share of q(z) that is taken to come from others than a draw's own posterior."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class MarginalKL:
         mutual_information: Of observation and latents, E KL(q(z|x) ‖ q(z)); between 0 and log N.
         marginal_kl: KL(q(z) ‖ p(z)).
         mutual_information_error, marginal_kl_error: Standard errors over the samples; NaN for one.
+        excess: By how much at most the divergence is larger, and the mutual information smaller, than of any number of
+            observations, on average over these; NaN for one observation.
         observations: Number N of the observations that q(z) is the aggregate of.
         samples: Over how many draws of z the three are averaged.
     """
@@ -34,6 +37,7 @@ class MarginalKL:
     marginal_kl: float
     mutual_information_error: float
     marginal_kl_error: float
+    excess: float
     observations: int
     samples: int
 
@@ -41,8 +45,8 @@ class MarginalKL:
         return (
             f"rate {self.rate:.3f} nats: mutual information {self.mutual_information:.3f} ± "
             f"{self.mutual_information_error:.3f} (at most log N = {math.log(self.observations):.3f}) and marginal KL "
-            f"{self.marginal_kl:.3f} ± {self.marginal_kl_error:.3f}; {self.observations} observations, {self.samples} "
-            "samples"
+            f"{self.marginal_kl:.3f} ± {self.marginal_kl_error:.3f}, up to {self.excess:.3f} of it for want of more; "
+            f"{self.observations} observations, {self.samples} samples"
         )
 
 
@@ -63,10 +67,18 @@ def marginal_kl(
         q(z) = \frac{1}{N} \sum_{n=1}^{N} q(z \mid x_n)
 
     of all per-observation latent sites together. Each sample is a draw of q(z|x) for an observation chosen at random,
-    and q(z) at it is the exact sum over all N. It is the aggregate of *these* observations: with few of them in many
-    dimensions each draw is known by its own posterior, the mutual information is close to its largest value log N, and
-    the divergence too large. Hoffman & Johnson 2016, *ELBO surgery*. Where no site of the guide depends on another, the
-    guide sees each observation once, and what takes time are the M N densities alone.
+    and q(z) at it is the exact sum over all N. Hoffman & Johnson 2016, *ELBO surgery*. Where no site of the guide
+    depends on another, the guide sees each observation once, and what takes time are the M N densities alone.
+
+    It is the aggregate of *these* observations: with few of them in many dimensions each draw is known by its own
+    posterior, the mutual information is close to its largest value log N, and the divergence too large. Without a
+    draw's own posterior it would be too small, so that on average that of the aggregate of all data is between
+
+    .. math:: \operatorname{E} \log \frac{q_{-n}(z)}{p(z)} \le \operatorname{KL} \le
+        \operatorname{E} \log \frac{q(z)}{p(z)}, \quad z \sim q(z \mid x_n), \quad
+        q_{-n}(z) = \frac{1}{N - 1} \sum_{m \ne n} q(z \mid x_m);
+
+    ``excess`` is the width of that, and what is lacking in the mutual information at most.
 
     With global sites, one draw of these from the guide is held throughout.
 
@@ -111,6 +123,7 @@ def marginal_kl(
             float(divergence.mean()),
             float(standard_error(information)),
             float(standard_error(divergence)),
+            float(_excess(own, of_all, aggregate.observations).mean()),
             aggregate.observations,
             samples,
         )
@@ -141,10 +154,12 @@ def mutual_information(
     return marginal_kl(model, guide, x, samples=samples, seed=seed, rows=rows).mutual_information
 
 
-def is_saturated(information: float, observations: int) -> bool:
-    """Whether a mutual information is within a nat of log N: then each draw is known by its own posterior, and more
-    observations would show more information and less of a divergence."""
-    return information > math.log(observations) - SATURATED
+def _excess(own: Tensor, of_all: Tensor, observations: int) -> Tensor:
+    """log q(z) − log q₋ₙ(z) of each draw, at most about 11 nats; NaN for one observation."""
+    if observations == 1:
+        return torch.full_like(of_all, math.nan)
+    share = (own - of_all).exp() / observations
+    return math.log((observations - 1) / observations) - torch.log1p(-share.clamp(max=1 - KNOWN))
 
 
 def _check_bounds(found: MarginalKL) -> None:

@@ -227,7 +227,7 @@ def _aggregate(subject: Subject) -> dict[str, Any]:
     if (split := subject.defined("aggregate", lambda: marginal_kl(*programs, x, **options))) is None:
         return found
     names = ("mutual_information", "mutual_information_error", "marginal_kl", "marginal_kl_error")
-    found |= {name: getattr(split, name) for name in names}
+    found |= {name: getattr(split, name) for name in names} | {"marginal_kl_excess": split.excess}
     if (parts := subject.defined("aggregate", lambda: total_correlation(*programs, x, **options))) is not None:
         found |= {name: getattr(parts, name) for name in ("total_correlation", "total_correlation_error")}
         found["dimension_wise_kl"] = parts.dimension_wise_kl

@@ -25,6 +25,7 @@ from pyrogen.inference.programs import (
     evaluation_mode,
     global_draws,
     latent_sites,
+    modules_of,
     no_sites,
     prototype,
     repeat,
@@ -180,12 +181,14 @@ def prepared(
 
     Raises:
         TypeError: If ``x`` is neither a tensor nor a sequence of tensors.
+        ValueError: If a weight is NaN or infinite.
         ValueError: If x is empty, not finite or not what the model observes; if model and guide do not fit, or there
             is no guide and ``guided`` asks for one; if ``particles`` or ``rows`` is below 1.
     """
     for name, value in (("particles or draws", particles), ("rows", rows)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"the number of {name} must be a whole number of at least 1, got {value!r}")
+    _check_weights(model, guide)
     batch = _placed(x, first_parameter(model, guide))
     check_data(batch)
     still = evaluation_mode(model, guide)
@@ -213,6 +216,16 @@ def check_counts(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_weights(*programs: Callable | None) -> None:
+    named = (named for program in programs for root in modules_of(program) for named in root.named_parameters())
+    if spoiled := [name for name, parameter in named if not torch.isfinite(parameter).all()]:
+        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
+        raise ValueError(
+            f"the weights '{spoiled[0]}'{more} of model or guide are NaN or infinite, so nothing can be said of them; "
+            "the training has diverged: go back to an earlier checkpoint, or train again with a smaller learning_rate"
+        )
 
 
 def _check_guideless(model: Callable, first: tuple[Tensor, ...]) -> None:

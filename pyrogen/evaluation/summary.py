@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyrogen.data import Data
 from pyrogen.evaluation.features import features_of
-from pyrogen.evaluation.marginals import is_saturated
 from pyrogen.evaluation.parts import DEFAULT, PARTS, Subject, known_parts
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.run import Run
@@ -61,8 +60,8 @@ class Evaluation:
         marginal_kl_estimate: KL(q(z) ‖ p(z)) according to the critic of a training that matched the marginals.
         held_out_marginal_kl_estimate, held_out_marginal_kl_estimate_shown: The same by a critic fitted afterwards to
             half of the observations and averaged over a quarter that it has not seen.
-        mutual_information, marginal_kl: The rate in two parts, with their standard errors, see :func:`marginal_kl
-            <pyrogen.evaluation.marginal_kl>`.
+        mutual_information, marginal_kl, marginal_kl_excess: The rate in two parts, and by how much at most the second
+            is too large for want of more observations, see :func:`marginal_kl <pyrogen.evaluation.marginal_kl>`.
         aggregated_observations: Of how many of the first observations q(z) is the mixture there: all up to 10 000, or
             1000 for a guide such as a flow, whose densities take a pass of a network for every pair.
         total_correlation, dimension_wise_kl: The marginal divergence in two parts.
@@ -121,6 +120,7 @@ class Evaluation:
     mutual_information_error: float = NAN
     marginal_kl: float = NAN
     marginal_kl_error: float = NAN
+    marginal_kl_excess: float = NAN
     total_correlation: float = NAN
     total_correlation_error: float = NAN
     dimension_wise_kl: float = NAN
@@ -227,11 +227,10 @@ def _errors(found: Evaluation) -> str:
     return ",".join(f" ± {error:.3f} ({of})" for error, of in ((data, "data"), (draws, "particles")) if error == error)
 
 
-def _ceiling(found: Evaluation) -> str:
-    rows = found.aggregated_observations
-    if rows is None or not is_saturated(found.mutual_information, rows):
+def _excess(found: Evaluation) -> str:
+    if not found.marginal_kl_excess > 2 * found.marginal_kl_error:
         return ""
-    return f", at most that: mutual information is at its ceiling, log N = {math.log(rows):.2f}"
+    return f", up to {found.marginal_kl_excess:.2f} of it for want of more observations"
 
 
 _SHOWN: dict[str, tuple[_Line, ...]] = {
@@ -265,7 +264,7 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
             "nats, of {aggregated_observations} observations",
             "mutual_information_error",
         ),
-        _Line("marginal_kl", "marginal KL", "nats", "marginal_kl_error", more=_ceiling),
+        _Line("marginal_kl", "marginal KL", "nats", "marginal_kl_error", more=_excess),
         _Line("total_correlation", "total correlation", "nats, of that", "total_correlation_error"),
         _Line("dimension_wise_kl", "dimension-wise KL", "nats, of that"),
         _Line("prior_holes", "prior holes", "of the prior, {prior_holes_level} without any", "prior_holes_error"),

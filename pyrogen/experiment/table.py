@@ -1,5 +1,6 @@
 """The table of a comparison: which columns it shows, in which sections, and which figures are the best."""
 
+import html
 import math
 import re
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pyrogen.evaluation.marginals import is_saturated
 from pyrogen.inference import Run
 
 __all__ = ["COLUMNS", "Column", "Comparison", "row_of", "slug", "steps_of"]
@@ -29,6 +29,7 @@ class Column:
         best: Which figures are the better ones; None where neither are: for a trade-off, for what critics report, which
             bounds nothing, and for figures that can't be compared from one fit to another.
         error: The column of its standard errors, if there is one, which stand beside it.
+        excess: The column that says by how much at most it is too large.
         of_observations: Whether it is a log-density of observations: in nats these can be compared only where all are
             densities, or all are probabilities.
         about: What it is, in a line, for a report.
@@ -39,6 +40,7 @@ class Column:
     section: str = "likelihood"
     best: Literal["highest", "lowest"] | None = None
     error: str | None = None
+    excess: str | None = None
     of_observations: bool = False
     about: str = ""
 
@@ -92,7 +94,12 @@ COLUMNS: dict[str, Column] = {
         "mutual information", section=_LATENT, error="mutual_information_error", about="I(x; z) of the guide, in nats"
     ),
     "marginal_kl": Column(
-        "marginal KL", section=_LATENT, best="lowest", error="marginal_kl_error", about="KL(q(z) ‖ p(z)), in nats"
+        "marginal KL",
+        section=_LATENT,
+        best="lowest",
+        error="marginal_kl_error",
+        excess="marginal_kl_excess",
+        about="KL(q(z) ‖ p(z)), in nats",
     ),
     "total_correlation": Column(
         "total correlation", section=_LATENT, error="total_correlation_error", about="KL(q(z) ‖ ∏ q(z_j)), a part of it"
@@ -275,15 +282,16 @@ class Comparison(pd.DataFrame):
     def best(self) -> dict[str, list[bool]]:
         r"""Of each column that has better and worse figures, which can't be told from the best.
 
-        Figure i is one of the best if it is no more than two standard errors from the best figure b; their errors are
-        taken for independent. Where errors are not known, it is one of the best if it is shown as the same number.
+        Figure i is one of the best if it is no more than two standard errors from the best figure b, and what it may be
+        too large by, e; their errors are taken for independent. Where errors are not known, it is one of the best if
+        it is shown as the same number.
 
-        .. math:: |v_i - v_b| \le 2 \sqrt{s_i^2 + s_b^2}
+        .. math:: |v_i - v_b| \le 2 \sqrt{s_i^2 + s_b^2} + e_i
 
         Fits evaluated on the same rows err together, so that more are called the best than would be by the errors of
         their differences. A column is left out where its figures can't be compared: with fewer than two fits, with
-        log-densities of some fits beside log-probabilities of others, bounds where q(θ) of global sites has a
-        divergence besides, and marginal divergences where mutual information is all that the rows can show.
+        log-densities of some fits beside log-probabilities of others, and bounds where q(θ) of global sites has a
+        divergence besides.
 
         Example:
             >>> rows = [{"log_likelihood": v, "log_likelihood_error": 0.3} for v in (-22.6, -23.1, -25.0)]
@@ -299,25 +307,17 @@ class Comparison(pd.DataFrame):
             return False
         if name == "elbo" and self._has("global_rate"):
             return False
-        if name == "marginal_kl" and self._saturated():
-            return False
         discrete = known["bits_per_dimension"].notna() if "bits_per_dimension" in known else pd.Series([True])
         return not column.of_observations or discrete.nunique() == 1
-
-    def _saturated(self) -> list[float]:
-        """What mutual information can't exceed, of the fits where it is about as much."""
-        if not (self._has("mutual_information") and self._has("aggregated_observations")):
-            return []
-        pairs = self[["mutual_information", "aggregated_observations"]].dropna().to_numpy(dtype=float)
-        return [math.log(rows) for information, rows in pairs if is_saturated(information, int(rows))]
 
     def _best(self, name: str, column: Column) -> list[bool]:
         values = self[name].to_numpy(dtype=float)
         sign = 1.0 if column.best == "highest" else -1.0
         place = int(np.nanargmax(sign * values))
         if column.error in self.columns:
-            errors = np.nan_to_num(self[column.error].to_numpy(dtype=float))
-            near = np.abs(values - values[place]) <= 2 * np.hypot(errors, errors[place])
+            errors = self[column.error].to_numpy(dtype=float)
+            excess = self[column.excess].to_numpy(dtype=float) if column.excess in self.columns else 0.0
+            near = np.abs(values - values[place]) <= 2 * np.hypot(errors, errors[place]) + np.nan_to_num(excess)
         else:
             near = np.zeros(len(values), dtype=bool)
         shown = self._figures(name)
@@ -327,17 +327,25 @@ class Comparison(pd.DataFrame):
         sections = self.sections()
         if self.empty or not sections:
             return super().__repr__()
-        printed = {title: self._printed(names) for title, names in sections.items()}
-        whole = self._printed([name for names in sections.values() for name in names])
+        printed = {title: self._shown(names).to_string() for title, names in sections.items()}
+        whole = self._shown([name for names in sections.values() for name in names]).to_string()
         if len(sections) > 1 and max(map(len, whole.splitlines())) > WIDTH:
             first, *others = printed.items()
             whole = "\n".join([first[1], *(f"\n{title}\n{table}" for title, table in others)])
         return f"{whole}\n{self.note()}"
 
-    def _printed(self, names: list[str]) -> str:
+    def _shown(self, names: list[str]) -> pd.DataFrame:
         headings = [COLUMNS[name].heading for name in names]
         cells = zip(*(self.cells(name) for name in names), strict=True)
-        return pd.DataFrame([*cells], columns=headings, index=pd.Index(self.index, name=None)).to_string()
+        return pd.DataFrame([*cells], columns=headings, index=[*self.index])
+
+    def _repr_html_(self) -> str:
+        if self.empty or not self.sections():
+            return pd.DataFrame(self).to_html()
+        tables = (
+            f"<p>{html.escape(title)}</p>{self._shown(names).to_html()}" for title, names in self.sections().items()
+        )
+        return f"{''.join(tables)}<p>{html.escape(self.note())}</p>"
 
     def _has(self, name: str) -> bool:
         return name in self.columns and bool(self[name].notna().any())
@@ -354,12 +362,9 @@ class Comparison(pd.DataFrame):
         ]
         if rests:
             note += f" Sizes: {'; '.join(rests)}."
-        if ceilings := self._saturated():
-            most = " or ".join(dict.fromkeys(f"{ceiling:.2f}" for ceiling in sorted(ceilings)))
-            note += (
-                f" Mutual information of so many rows is at most log N = {most}: where it is near that, marginal KL "
-                "and total correlation are too large."
-            )
+        if self._has("marginal_kl_excess"):
+            most = self["marginal_kl_excess"].max()
+            note += f" Marginal KL and total correlation are up to {most:.2f} too large, for want of more rows."
         if left_out := getattr(self, "left_out", {}):
             note += f" Left out, for want of a density that the objective needs: {', '.join(left_out)}."
         if any(self._has(name) for name in _ESTIMATES):

@@ -71,12 +71,22 @@ def test_bounds_beside_a_divergence_of_global_sites_have_no_best():
     assert [*of(**elbo, global_rate=[math.nan, math.nan]).best()] == ["log_likelihood", "elbo"]
 
 
-def test_mutual_information_at_its_ceiling_is_said():
-    figures: dict[str, list[Any]] = {"marginal_kl": [16.0, 9.0], "aggregated_observations": [10_000, 10_000]}
-    table = of(**figures, mutual_information=[9.18, 5.0])
-    assert table.best() == {} and "at most log N = 9.21: where it is near that, marginal KL" in table.note()
-    table = of(**figures, mutual_information=[8.0, 5.0])
-    assert table.best() == {"marginal_kl": [False, True]} and "log N" not in table.note()
+def test_a_divergence_that_may_be_too_large_is_not_told_from_the_best():
+    figures: dict[str, list[Any]] = {"marginal_kl": [3.0, 1.0, 1.8], "marginal_kl_error": [0.1, 0.1, 0.1]}
+    table = of(**figures, marginal_kl_excess=[1.0, 0.2, 0.7])
+    assert table.best() == {"marginal_kl": [False, True, True]}
+    assert "up to 1.00 too large, for want of more rows" in table.note()
+    assert of(**figures).best() == {"marginal_kl": [False, True, False]}
+
+
+def test_an_error_that_is_not_known_is_not_0():
+    figures: dict[str, list[Any]] = {"elbo": [-20.0, -20.5], "elbo_error": [1.0, math.nan]}
+    assert of(**figures).best() == {"elbo": [True, False]}
+
+
+def test_a_notebook_shows_what_is_printed():
+    shown = of(elbo=[-20.0, -21.0], elbo_error=[0.1, 0.2], reasons=[{}, {"bound": "why"}])._repr_html_()
+    assert "ELBO" in shown and "-21.00 ± 0.20" in shown and "reasons" not in shown and "Nats per observation" in shown
 
 
 def test_errors_stand_beside_their_figures():
@@ -105,14 +115,14 @@ def test_sections_are_printed_below_each_other_where_they_do_not_fit(monkeypatch
     for title in ("one section", "another"):
         place = printed.index(title)
         assert printed[place - 1] == "" and f"{title} 8" in printed[place + 1]
-        assert [line.split("  ")[0] for line in printed[place + 3 : place + 5]] == ["mean field", "flow"]
+        assert [line.split("  ")[0] for line in printed[place + 2 : place + 4]] == ["mean field", "flow"]
     assert printed[-1].startswith("Nats per observation")
 
 
 def test_sections_are_printed_side_by_side_where_they_fit(monkeypatch):
     monkeypatch.setitem(COLUMNS, "fid", Column("FID", "{:.1f}", "another"))
     printed = repr(of(elbo=[-20.0, -21.0], fid=[3.25, 4.0])).splitlines()
-    assert "ELBO" in printed[0] and "FID" in printed[0] and "3.2" in printed[2]
+    assert "ELBO" in printed[0] and "FID" in printed[0] and "3.2" in printed[1]
     assert of(elbo=[-20.0], fid=[1.0]).sections() == {"likelihood": ["elbo"], "another": ["fid"]}
 
 
