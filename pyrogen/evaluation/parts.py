@@ -123,6 +123,8 @@ def _bound(subject: Subject) -> dict[str, Any]:
         subject.note("bound", _why_no_bound(subject.pair))
     if len(subject.x[0]) > 1:
         found["active_units"] = active_units(*subject.programs, subject.x, **subject.options).count
+    else:
+        subject.note("bound", "active units differ between observations, and there is one")
     return found
 
 
@@ -200,15 +202,18 @@ def _critics(subject: Subject) -> dict[str, Any]:
         return found
     arguments = {"steps": subject.ratio_steps, **subject.options}
     if (pair.implicit_guide or pair.implicit_prior) and pair.why_no_rate_estimate() is None:
-        found |= _shown("held_out_rate_estimate", held_out_rate_estimate(*subject.programs, subject.x, **arguments))
+        rate = subject.defined("critics", lambda: held_out_rate_estimate(*subject.programs, subject.x, **arguments))
+        found |= _shown("held_out_rate_estimate", rate)
     if any(isinstance(part, LatentContrast) for part in run.objective.critics.values()) and len(subject.x[0]) > 2:
-        marginal = held_out_marginal_kl_estimate(*subject.programs, subject.x, **arguments)
+        marginal = subject.defined(
+            "critics", lambda: held_out_marginal_kl_estimate(*subject.programs, subject.x, **arguments)
+        )
         found |= _shown("held_out_marginal_kl_estimate", marginal)
     return found
 
 
-def _shown(name: str, found: HeldOutEstimate) -> dict[str, Any]:
-    return {name: found.estimate, f"{name}_shown": found.shown}
+def _shown(name: str, found: HeldOutEstimate | None) -> dict[str, Any]:
+    return {} if found is None else {name: found.estimate, f"{name}_shown": found.shown}
 
 
 def _aggregate(subject: Subject) -> dict[str, Any]:
@@ -243,6 +248,8 @@ def _is_guided(subject: Subject, part: str) -> bool:
 
 
 def _gap(subject: Subject) -> dict[str, Any]:
+    if not _is_guided(subject, "gap"):
+        return {}
     if not isinstance(subject.run.guide, AmortizedGuide):
         raise ValueError("the guide is no AmortizedGuide, whose encoder can be set aside")
     few = subject.first(GAP_ROWS)
@@ -259,12 +266,13 @@ def _annealing(subject: Subject) -> dict[str, Any]:
     settings = {"chains": CHAINS, "steps": TEMPERATURES, **subject.options}
     found = annealing(model, few, **settings)
     values = found.log_likelihood.double()
-    return {
+    figures = {
         "annealed_log_likelihood": float(values.mean()),
         "annealed_log_likelihood_error": float(found.standard_error.double().square().sum().sqrt() / len(values)),
-        "annealing_gap": bidirectional_monte_carlo(model, few, **settings).gap,
         "annealed_observations": len(values),
     }
+    both = subject.defined("annealing", lambda: bidirectional_monte_carlo(model, few, **settings))
+    return figures if both is None else figures | {"annealing_gap": both.gap}
 
 
 def _drawn(subject: Subject) -> tuple[Tensor, Tensor]:
@@ -279,7 +287,8 @@ def _drawn(subject: Subject) -> tuple[Tensor, Tensor]:
 def _samples(subject: Subject) -> dict[str, Any]:
     made, x = _drawn(subject)
     features = subject.features
-    found: dict[str, Any] = {"sample_size": len(made)}
+    space = "values" if features is None else f"features of a {type(features).__name__}"
+    found: dict[str, Any] = {"sample_size": len(made), "compared_in": space}
 
     def add(find: Callable[[], Any], **names: str) -> None:
         if (result := subject.defined("samples", find)) is not None:
@@ -293,7 +302,7 @@ def _samples(subject: Subject) -> dict[str, Any]:
         frechet_distance="distance",
         frechet_distance_error="error",
     )
-    size = min(1000, len(x) // 2)  # all of them make the same subset every time
+    size = max(2, min(1000, len(x) // 2))  # all of them make the same subset every time
     add(
         lambda: kernel_distance(made, x, features, subset_size=size, seed=subject.seed),
         kernel_distance="distance",

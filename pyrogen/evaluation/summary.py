@@ -74,7 +74,7 @@ class Evaluation:
         frechet_distance, kernel_distance: Between the features of samples and observations.
         inception_score, sample_diversity, data_diversity: By a classifier of the data.
         data_copying: A z-score, far below 0 where samples are copies of the training data.
-        sample_size: How many samples these rest on.
+        sample_size, compared_in: How many samples these rest on, and in what space they are compared.
         sbc_p_value, tarp_p_value: Of simulation-based calibration and of TARP: how likely ranks as uneven are with an
             exact posterior.
         approximation_gap, amortization_gap: What family and encoder lose of the bound, means over the first
@@ -147,6 +147,7 @@ class Evaluation:
     data_diversity: float = NAN
     data_copying: float = NAN
     sample_size: int | None = None
+    compared_in: str | None = None
     sbc_p_value: float = NAN
     tarp_p_value: float = NAN
     approximation_gap: float = NAN
@@ -178,7 +179,7 @@ class Evaluation:
         lines = [heading]
         width = max(len(line.label) for each in _SHOWN.values() for line in each)
         for part in self.seconds_of:
-            shown = [line for line in _SHOWN[part] if self._has(line)]
+            shown = [line for line in _SHOWN.get(part, ()) if self._has(line)]
             lines += ["", *(line.text(self, width) for line in shown)] if shown else []
             if part in self.reasons:
                 lines += [] if shown else [""]
@@ -275,7 +276,7 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
         _Line("recall", "recall", error="recall_error"),
         _Line("density", "density"),
         _Line("coverage", "coverage", error="coverage_error"),
-        _Line("frechet_distance", "Fréchet distance", ", of {sample_size} samples", "frechet_distance_error"),
+        _Line("frechet_distance", "Fréchet distance", ", in {compared_in}", "frechet_distance_error"),
         _Line("kernel_distance", "kernel distance", error="kernel_distance_error"),
         _Line("inception_score", "Inception Score", error="inception_score_error"),
         _Line("sample_diversity", "diversity", "(1 − MS-SSIM)", "sample_diversity_error"),
@@ -349,8 +350,8 @@ def evaluate(
     ``reference``   C2ST and sliced Wasserstein distance to draws by NUTS, for the first four observations
     =============== ===================================================================================================
 
-    The first six, which take seconds on small data, are made by default; the functions of the same names in
-    :mod:`pyrogen.evaluation` say more and have options. With a guide that is a point mass at a latent site, rate, bound
+    The first six, which take seconds on small data, are made by default, and the others take minutes; the functions of
+    the same names in :mod:`pyrogen.evaluation` say more and have options. With a guide that is a point mass at a latent site, rate, bound
     and log-likelihood are not defined; without a guide nothing is that needs one, unless the model has no latent sites.
     Such figures are NaN and shown as "not defined", with the reason.
 

@@ -1,7 +1,11 @@
 """What the ``pyrogen`` command does: fit, compare, evaluate a run, sample from one, report on several."""
 
+import dataclasses
 import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +13,7 @@ import numpy as np
 import torch
 import yaml
 from rich.console import Console
+from rich.status import Status
 from torchvision.utils import make_grid, save_image
 
 from pyrogen import data as data_sets
@@ -267,18 +272,41 @@ def run_evaluate(settings: EvaluateSettings) -> str:
     rows = getattr(data, settings.split)[: settings.rows]
     check_counts(rows=settings.rows)
     parts = chosen_parts(settings.parts)
-    console = Console(stderr=True)
-    with console.status("preparing") as shown:
-
-        def after_part(found: Evaluation) -> None:
-            _note_evaluation(Path(settings.run), run, data, settings, found)
-            if following := [*parts[len(found.seconds_of) :], None][0]:
-                shown.update(f"{following}, part {len(found.seconds_of) + 1} of {len(parts)}")
-
+    with Console(stderr=True).status("preparing") as shown:
+        started = time.perf_counter()
         space = compared_in(data, parts, settings.seed)
-        shown.update(f"{parts[0]}, part 1 of {len(parts)}")
-        options: dict[str, Any] = {"particles": settings.particles, "seed": settings.seed}
-        return str(evaluate(run, rows, parts=parts, after_part=after_part, **options, **space))
+        seconds = time.perf_counter() - started
+        found, _ = _evaluated(run, Path(settings.run), rows, data, settings, parts, space, shown)
+    if space.get("features") is not None:
+        spent = {"the classifier of the data": seconds} | found.seconds_of
+        found = dataclasses.replace(found, seconds=found.seconds + seconds, seconds_of=spent)
+    return str(found)
+
+
+def _evaluated(
+    run: Run,
+    folder: Path,
+    rows: torch.Tensor,
+    data: Data,
+    settings: EvaluateSettings | ReportSettings,
+    parts: Sequence[str],
+    space: Mapping[str, Any],
+    shown: Status,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Evaluate a run part by part, each noted in its folder as it ends; what was found, and all that is noted."""
+    following = dict(pairwise(parts))
+    entry: dict[str, Any] = {}
+
+    def after_part(found: Evaluation) -> None:
+        nonlocal entry
+        entry = _note_evaluation(folder, run, data, settings, found)
+        if name := following.get([*found.seconds_of][-1]):
+            shown.update(f"{folder.name}: {name}, part {len(found.seconds_of) + 1} of {len(parts)}")
+
+    shown.update(f"{folder.name}: {parts[0]}, part 1 of {len(parts)}")
+    options: dict[str, Any] = {"particles": settings.particles, "seed": settings.seed}
+    found = evaluate(run, rows, parts=parts, after_part=after_part, **options, **space)
+    return found, entry
 
 
 def _note_evaluation(
@@ -331,14 +359,14 @@ def run_report(settings: ReportSettings) -> Path:
     whole = getattr(data, settings.split)
     rows = whole[: _count(fits, settings, len(whole))]
     known = {each.name: each.known(data, settings.split, len(rows)) for each in fits}
-    space = compared_in(data, DEFAULT, settings.seed) if None in known.values() else {}
     figures = []
-    for each in fits:
-        entry = known[each.name]
-        if entry is None:
-            evaluation = evaluate(each.run, rows, particles=settings.particles, seed=settings.seed, **space)
-            entry = _note_evaluation(each.folder, each.run, data, settings, evaluation)
-        figures.append(row_of(each.run, entry))
+    with Console(stderr=True).status("preparing") as shown:
+        space = compared_in(data, DEFAULT, settings.seed) if None in known.values() else {}
+        for each in fits:
+            entry = known[each.name]
+            if entry is None:
+                _, entry = _evaluated(each.run, each.folder, rows, data, settings, DEFAULT, space, shown)
+            figures.append(row_of(each.run, entry))
     of_split = {"train": "training"}.get(settings.split, settings.split)
     table = Comparison.of(figures, {each.name: each.run for each in fits}, f"{of_split} rows")
     return write_report(folder, table, (rows,), data, settings.seed)

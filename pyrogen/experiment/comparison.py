@@ -1,6 +1,7 @@
 """The main job: fit several guides to one model on the same data, evaluate each the same way, and put it in a table."""
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,17 +27,17 @@ from pyrogen.evaluation.parts import DEFAULT, known_parts
 from pyrogen.experiment.artifacts import write_artifacts
 from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.programs import amortized_guide, independent_copy
-from pyrogen.experiment.table import Comparison, row_of, slug
+from pyrogen.experiment.table import Comparison, row_of, slug, steps_of
 from pyrogen.inference import AmortizedGuide, CriticOptions, FitOptions, NonFiniteLoss, Objective, Run, fit
-from pyrogen.inference.batches import Batches, training_and_validation
+from pyrogen.inference.batches import Batches, fingerprint, training_and_validation
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.checks import check_programs, check_values
 from pyrogen.inference.critic_objective import CriticObjective
-from pyrogen.inference.run import clear_folder, prepare_folder
+from pyrogen.inference.run import clear_folder, prepare_folder, write_yaml
 
 __all__ = ["CONFIGURATION", "compare"]
 
-CONFIGURATION = "compare.yaml"
+CONFIGURATION, FIGURES = "compare.yaml", "figures.yaml"
 
 
 def compare(
@@ -144,17 +145,39 @@ def compare(
     work = _Work(fits, options, batches, rows, particles, writes=folder is not None)
     table_rows, runs = [], {}
     with work.bar(progress):
-        space = compared_in(data, parts, seed)
+        space = functools.cache(lambda: compared_in(data, parts, seed))
         for each in fits:
-            runs[each.name] = _train(each, data, options, folder, resume, work)
-            evaluation = evaluate(runs[each.name], rows, parts=parts, particles=particles, seed=seed, **space)
+            run = runs[each.name] = _train(each, data, options, folder, resume, work)
+            path = None if folder is None else folder / each.slug / FIGURES
+            known = _known_figures(path, run, rows) if resume else None
+            if known is None:
+                known = evaluate(run, rows, parts=parts, particles=particles, seed=seed, **space()).to_dict()
+                _keep_figures(path, run, rows, known)
             work.evaluated(each)
-            table_rows.append(row_of(runs[each.name], evaluation.to_dict()))
+            table_rows.append(row_of(run, known))
         table = Comparison.of(table_rows, runs, source, left_out)
         if folder is not None:
             write_artifacts(folder, table, rows, data, seed)
         work.written()
     return table
+
+
+def _keep_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...], figures: dict[str, Any]) -> None:
+    """Keep what was found of a fit, so that a comparison that is cut short does not look for it again."""
+    if path is not None:
+        write_yaml(path, {"steps": steps_of(run), "rows": fingerprint(rows), "figures": figures})
+
+
+def _known_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...]) -> dict[str, Any] | None:
+    """What was found of a fit in this state on these rows; None where nothing was, or it can't be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        same = known["steps"] == steps_of(run) and known["rows"] == fingerprint(rows)
+        return known["figures"] if same else None
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return None
 
 
 @dataclass

@@ -362,6 +362,8 @@ class Comparison(pd.DataFrame):
         ]
         if rests:
             note += f" Sizes: {'; '.join(rests)}."
+        if self._has("compared_in"):
+            note += f" Samples are compared in {' or '.join(dict.fromkeys(self['compared_in'].dropna()))}."
         if self._has("marginal_kl_excess"):
             most = self["marginal_kl_excess"].max()
             note += f" Marginal KL and total correlation are up to {most:.2f} too large, for want of more rows."

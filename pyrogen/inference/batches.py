@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from pyrogen.data import Data, as_float
 
-__all__ = ["Batches", "as_batch", "check_data", "training_and_validation"]
+__all__ = ["Batches", "as_batch", "check_data", "fingerprint", "training_and_validation"]
 
 CHUNK = 4096
 """How many rows are checked at a time, so that the check needs little memory."""
@@ -42,12 +42,7 @@ class Batches:
 
     def fingerprint(self) -> str:
         """A hash of up to 1000 rows in equal steps, by which other data of the same shape are told apart."""
-        digest = hashlib.sha256(str(len(self)).encode())
-        if isinstance(self.rows, tuple):
-            for x in self.rows:
-                some = x[:: max(1, len(x) // 1000)].cpu().contiguous()
-                digest.update(some.view(torch.uint8).numpy().tobytes() if some.dim() else b"")
-        return digest.hexdigest()
+        return fingerprint(self.rows if isinstance(self.rows, tuple) else (), len(self))
 
     @property
     def per_epoch(self) -> int:
@@ -100,6 +95,15 @@ class Batches:
         if self.dtype is None:
             return prepared
         return tuple(x.to(self.dtype) if x.is_floating_point() else x for x in prepared)
+
+
+def fingerprint(rows: tuple[Tensor, ...], count: int | None = None) -> str:
+    """A hash of their number and of up to 1000 rows in equal steps."""
+    digest = hashlib.sha256(str(len(rows[0]) if count is None else count).encode())
+    for x in rows:
+        some = x[:: max(1, len(x) // 1000)].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes() if some.dim() else b"")
+    return digest.hexdigest()
 
 
 def _collated(items: list[Any]) -> tuple[Tensor, ...]:
