@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-__all__ = ["check_not_negative", "share_error", "standard_error"]
+__all__ = ["check_not_negative", "share_error", "shuffle", "standard_error", "with_error"]
 
 
 def standard_error(values: Tensor, dim: int = 0) -> Tensor:
@@ -35,3 +35,13 @@ def check_not_negative(name: str, value: float, error: float, samples: int, why:
             f"{name} came out as {value:.3f} nats (standard error {error:.3f}), and {why}: the densities of the guide "
             "or of the prior are not those of their draws"
         )
+
+
+def shuffle(count: int, seed: int = 0) -> Tensor:
+    """So many rows in random order; the same one for sides of as many rows, which leaves pairs of them together."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def with_error(value: float, error: float, digits: str = ".3f", error_digits: str = ".3f") -> str:
+    """A figure and its standard error as they are printed; the figure alone where that is not defined."""
+    return f"{value:{digits}}" + ("" if math.isnan(error) else f" ± {error:{error_digits}}")

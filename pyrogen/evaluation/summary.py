@@ -351,9 +351,9 @@ def evaluate(
     =============== ===================================================================================================
 
     The first six, which take seconds on small data, are made by default, and the others take minutes; the functions of
-    the same names in :mod:`pyrogen.evaluation` say more and have options. With a guide that is a point mass at a latent site, rate, bound
-    and log-likelihood are not defined; without a guide nothing is that needs one, unless the model has no latent sites.
-    Such figures are NaN and shown as "not defined", with the reason.
+    the same names in :mod:`pyrogen.evaluation` say more and have options. With a guide that is a point mass at a latent
+    site, rate, bound and log-likelihood are not defined; without a guide nothing is that needs one, unless the model
+    has no latent sites. Such figures are NaN and shown as "not defined", with the reason.
 
     With a guide that has implicit sites the log-likelihood comes from an explicit guide, fitted here to the frozen
     model and to these observations (:func:`explicit_guide <pyrogen.evaluation.explicit_guide>`), which is legitimate: a

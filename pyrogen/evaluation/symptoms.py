@@ -130,7 +130,7 @@ class Patient:
         scale = p.std(0).clamp(min=torch.finfo(p.dtype).tiny)
         q, p = q / scale, p / scale
         look = _principal(torch.cat([q, p]), LATENT)
-        return precision_recall(q, p, look, density_neighbours=_balls(count)).coverage
+        return precision_recall(q, p, look, density_neighbours=_balls(count), splits=None).coverage
 
     @cached_property
     def visible(self) -> PrecisionRecall:
@@ -139,7 +139,7 @@ class Patient:
         balls, look = _balls(_enough(len(data))), _principal(data, VISIBLE)
         has_mean = not self.pair.implicit_likelihood and means(self.pair.nodes[self.pair.observed[0]]) is not None
         drawn = (self._samples(mean) for mean in ((False, True) if has_mean else (False,)))
-        found = (precision_recall(samples, data, look, density_neighbours=balls) for samples in drawn)
+        found = (precision_recall(samples, data, look, density_neighbours=balls, splits=None) for samples in drawn)
         return max(found, key=lambda each: each.coverage)
 
     @property

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import stats
 
 from pyrogen.distributions import Implicit, StandardNormal
 from pyrogen.distributions.implicit import NoDensityError
@@ -22,13 +23,14 @@ def ppca(latent=3, observed=8):
 
 
 def test_within_a_fifth_of_a_nat_with_errors_that_cover_it():
-    """50 repeats, as rows of one call. Errors of two standard errors and more are rarer than one in ten."""
+    """50 repeats, as rows of one call: squared errors over their variances are a chi-squared, 1e-6 off either side."""
     model = ppca()
     x = torch.randn(1, 8).expand(50, -1)
     found = annealing(model, x, chains=32, steps=100)
     off = found.log_likelihood - model.log_likelihood(x)
     assert off.abs().mean() < 0.2
-    assert (off.abs() < 2 * found.standard_error).sum() >= 45
+    squares = (off / found.standard_error).square().sum()
+    assert stats.chi2.ppf(1e-6, 50) < squares < stats.chi2.ppf(1 - 1e-6, 50)
     assert 0.6 < found.acceptance.mean() < 0.9
     assert (found.effective_sample_size >= 1).all() and (found.effective_sample_size <= 32).all()
 

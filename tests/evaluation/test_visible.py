@@ -7,6 +7,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
+from pyrogen.evaluation import visible
 from pyrogen.evaluation.visible import frechet_distance, inception_score, kernel_distance
 
 
@@ -63,6 +64,8 @@ def test_kernel_distance_by_its_sums(sides, network):
     assert found.distance == pytest.approx(float(expected), rel=1e-6) and expected > 1e-3
     assert found.deviation < 1e-9
     assert "over 2 subsets of 300 (300 samples, 300 observations, 12 features)" in str(found)
+    parted = kernel_distance(sides[0], sides[1], network, subset_size=100)
+    assert f"{parted.distance:.4g} ± {parted.error:.2g} over 100 subsets" in str(parted)
 
 
 def test_kernel_distance_is_unbiased():
@@ -93,9 +96,40 @@ def test_standard_errors_are_the_spread_over_fresh_draws(measure):
 
 def test_standard_errors_that_are_not_defined(sides):
     samples, data = sides
-    assert math.isnan(frechet_distance(samples, data, None, groups=1).error)
-    assert math.isnan(frechet_distance(samples[:17], data, None).error)  # none may be left out of 16 features
-    assert math.isnan(kernel_distance(samples[:300], data, None, subset_size=300).error)
+    for found in (
+        frechet_distance(samples, data, None, groups=1),
+        frechet_distance(samples[:17], data, None),  # none may be left out of 16 features
+        kernel_distance(samples[:300], data, None, subset_size=300),
+    ):
+        assert math.isnan(found.error) and "±" not in str(found)
+
+
+def test_the_jackknife_of_many_features_is_asked_for(sides, monkeypatch):
+    samples, data = sides
+    monkeypatch.setattr(visible, "MOST_FEATURES", 15)
+    assert math.isnan(frechet_distance(samples, data, None).error)
+    asked = frechet_distance(samples, data, None, groups=10)
+    monkeypatch.undo()
+    assert frechet_distance(samples, data, None) == asked and asked.error > 0
+
+
+def test_the_jackknife_of_classes_in_cycles():
+    """Rows by turns of ten classes far from each other, of which groups of every tenth row would each leave one out.
+
+    In random order groups are others, and either error is known to a quarter; by classes it is about √50 times larger.
+    """
+    steps = torch.arange(10.0).repeat(50).unsqueeze(1)
+    samples, data = 10 * steps + torch.randn(500, 1), 9 * steps + torch.randn(500, 1)
+    order = torch.randperm(500)
+    cycles, mixed = frechet_distance(samples, data, None), frechet_distance(samples[order], data[order], None)
+    assert 0.3 < cycles.error / mixed.error < 3
+
+
+@pytest.mark.parametrize("groups", [0, 2.5])
+def test_groups_are_a_whole_number(sides, groups):
+    samples, data = sides
+    with pytest.raises(ValueError, match=f"groups must be a whole number of at least 1, got {groups}"):
+        frechet_distance(samples, data, None, groups=groups)
 
 
 def test_inception_score_by_hand():
@@ -112,7 +146,9 @@ def test_inception_score_by_hand():
     each = torch.stack([score(part) for part in p[torch.randperm(1000)].chunk(10)])
     assert splits.score == pytest.approx(float(each.mean()), rel=1e-9)
     assert splits.deviation == pytest.approx(float(each.std()), rel=1e-9)
-    assert f"{splits.score:.3f} ± {splits.deviation:.3f} of at most 6 (1000 samples in 10 splits)" in str(splits)
+    assert splits.error == pytest.approx(splits.deviation / math.sqrt(10))
+    assert f"{splits.score:.3f} ± {splits.error:.3f} of at most 6 (1000 samples in 10 splits)" in str(splits)
+    assert str(found) == f"Inception Score {found.score:.3f} of at most 6 (1000 samples in 1 splits)"
 
 
 def test_inception_score_of_classifiers():

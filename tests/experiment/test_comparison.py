@@ -186,9 +186,12 @@ def test_resume_reads_complete_fits_and_goes_on_with_the_others(model, digits, t
     monkeypatch.setattr(pg.experiment.comparison, "fit", fit)
     weights = (stopped / "mean-field" / "weights.safetensors").read_bytes()
     evaluate, evaluated = pg.experiment.comparison.evaluate, []
-    monkeypatch.setattr(
-        pg.experiment.comparison, "evaluate", lambda run, *x, **y: evaluated.append(run) or evaluate(run, *x, **y)
-    )
+
+    def counted(run, *arguments, **options):
+        evaluated.append(run)
+        return evaluate(run, *arguments, **options)
+
+    monkeypatch.setattr(pg.experiment.comparison, "evaluate", counted)
     table = pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=stopped, resume=True, **TINY)
     assert evaluated == [table.runs["flow"]]
     assert fitted == ["mean-field", "flow"]
