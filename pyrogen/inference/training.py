@@ -181,6 +181,10 @@ def _check_options(run: Run) -> None:
             f"patience follows a bound on validation data, and {type(run.objective).__name__} has none here, at most "
             "an estimate; leave patience out"
         )
+    if run.options.precision == "16-mixed" and run.options.compile is True:
+        raise ValueError(
+            "precision='16-mixed' scales losses outside of what is compiled; use 'bf16-mixed', or compile=False"
+        )
     if run.options.precision == "16-mixed" and len(run.objective.critics):
         raise ValueError(
             "precision='16-mixed' scales the gradients of one optimizer, and critics have their own; use 'bf16-mixed'"

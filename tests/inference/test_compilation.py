@@ -83,6 +83,7 @@ def functions():
 
 
 CASES = {
+    "autocast": (programs, ELBO, {"precision": "bf16-mixed"}),
     "a schedule from 0": (programs, partial(ELBO, beta=LinearSchedule(8)), {}),
     "dropout and moving averages": (noisy, ELBO, {}),
     "functions with parameters": (functions, ELBO, {}),
@@ -284,6 +285,12 @@ def test_auto_compiles_what_would_take_long(pays_from, expected, traced_only, mo
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="compile is True, False or 'auto', got 'yes'"):
         fitted(programs, ELBO, compile="yes")
+
+
+@pytest.mark.filterwarnings("ignore")  # of half precision on a CPU
+def test_scaled_losses_are_not_compiled():
+    with pytest.raises(ValueError, match="'16-mixed' scales losses outside of what is compiled"):
+        fitted(programs, ELBO, compile=True, precision="16-mixed", device="cpu")
 
 
 def test_functions_in_a_loop_of_ones_own(traced_only, caplog):
