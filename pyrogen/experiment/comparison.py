@@ -35,9 +35,10 @@ from pyrogen.inference.checks import check_programs, check_values
 from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.run import clear_folder, prepare_folder, write_yaml
 
-__all__ = ["CONFIGURATION", "compare"]
+__all__ = ["CONFIGURATION", "FIGURES", "compare"]
 
-CONFIGURATION, FIGURES = "compare.yaml", "figures.yaml"
+CONFIGURATION = "compare.yaml"
+FIGURES = "figures.yaml"
 
 
 def compare(
