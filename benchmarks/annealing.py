@@ -11,6 +11,7 @@ import argparse
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--leapfrogs", type=int, default=10)
     parser.add_argument("--particles", type=int, default=5000)
     parser.add_argument("--rows", type=int, default=4096, help="rows that go through the programs at once")
+    parser.add_argument("--compile", action="store_true", help="run compiled graphs")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     data = pg.data.load("mnist", root=arguments.root, binarize="dynamic")
@@ -56,10 +58,11 @@ def main() -> None:
         run = fitted(data, arguments.epochs, arguments.device, arguments.run)
     run.programs.to(device)
     x = data.test[: arguments.images].float()
-    chain = {name: getattr(arguments, name) for name in ("chains", "steps", "leapfrogs", "rows")}
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("rows", "compile")}
+    chain = {name: getattr(arguments, name) for name in ("chains", "steps", "leapfrogs")} | settings
     parts = {
         f"{arguments.images} test images": lambda: importance_sampling(
-            run.model, run.guide, x, particles=arguments.particles, rows=arguments.rows
+            run.model, run.guide, x, particles=arguments.particles, **settings
         ),
         f"{arguments.images} test images, no guide": lambda: annealing(run.model, x, **chain),
         f"{arguments.simulated} simulated images": lambda: bidirectional_monte_carlo(

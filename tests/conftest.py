@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-from pyrogen.inference import compilation
+from pyrogen.inference import compilation, tracing
 
 
 def _global_state() -> dict[str, object]:
@@ -45,5 +45,6 @@ def parameter_store():
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """Objectives are traced, and their graphs run operation by operation, which spares the time of compiling them."""
-    monkeypatch.setattr(compilation, "lowered", lambda graph, inputs: graph)
+    """What is traced runs as a graph operation by operation, which spares the time of compiling it."""
+    for module in (compilation, tracing):
+        monkeypatch.setattr(module, "lowered", lambda graph, inputs: graph)

@@ -14,6 +14,7 @@ from pyrogen.evaluation.running import ROWS, Prepared, check_counts, parts, prep
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.programs import per_row, repeat, row_axis, sample_sites
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
+from pyrogen.inference.tracing import Traced
 
 __all__ = [
     "AnnealedImportanceSampling",
@@ -106,6 +107,7 @@ def annealing(
     held: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     rows: int = ROWS,
+    compile: bool = False,
 ) -> AnnealedImportanceSampling:
     r"""Estimate the log-likelihood of each observation by annealed importance sampling; no guide is needed.
 
@@ -136,6 +138,8 @@ def annealing(
         held: Values of global latent sites, by name: the log-likelihood is given these.
         seed: Of all draws; the caller's random state is left as it was.
         rows: How many chains are run at once, though never fewer than those of one observation.
+        compile: Trace the model's densities and their gradients once and run a compiled graph, which takes some 20
+            seconds and gives the same up to rounding. What can't be traced runs as it is, with a warning.
 
     Returns:
         Log-likelihoods with standard errors, of shape ``(B,)``, in nats.
@@ -155,11 +159,12 @@ def annealing(
     check_counts(chains=chains, steps=steps, leapfrogs=leapfrogs)
     with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
         pair = _given(pair, held, "annealed importance sampling")
+        traced = Traced(model, compile=compile)
         log_weights, accepted = [], []
         for few in parts(len(pair.batch[0]), chains, rows):
             batch = tuple(tensor[few] for tensor in pair.batch)
-            target = _Target(pair, batch, chains)
-            sizes = _tuned(pair, batch, chains, steps, leapfrogs)
+            target = _Target(pair, batch, chains, traced)
+            sizes = _tuned(target, steps, leapfrogs)
             log_w, share = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
             log_weights.append(log_w.view(chains, -1))
             accepted.append(share.view(chains, -1).mean(0))
@@ -181,6 +186,7 @@ def annealed_importance_sampling(
     held: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     rows: int = ROWS,
+    compile: bool = False,
 ) -> Tensor:
     """Estimate the log-likelihood of each observation in nats, ``(B,)``, without a guide.
 
@@ -193,7 +199,7 @@ def annealed_importance_sampling(
         torch.Size([3])
     """
     return annealing(
-        model, x, chains=chains, steps=steps, leapfrogs=leapfrogs, held=held, seed=seed, rows=rows
+        model, x, chains=chains, steps=steps, leapfrogs=leapfrogs, held=held, seed=seed, rows=rows, compile=compile
     ).log_likelihood
 
 
@@ -207,6 +213,7 @@ def bidirectional_monte_carlo(
     held: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     rows: int = ROWS,
+    compile: bool = False,
 ) -> BidirectionalMonteCarlo:
     r"""Bound the log-likelihood of simulated observations from both sides, to see how tight :func:`annealing` is.
 
@@ -224,7 +231,7 @@ def bidirectional_monte_carlo(
     Args:
         model: A program.
         x: Observations ``(B, *event_shape)``, or a tuple of tensors that the program takes: as many are simulated.
-        chains, steps, leapfrogs, held, seed, rows: See :func:`annealing`.
+        chains, steps, leapfrogs, held, seed, rows, compile: See :func:`annealing`.
 
     Returns:
         The bounds in nats, and their ``gap``.
@@ -241,12 +248,13 @@ def bidirectional_monte_carlo(
     check_counts(chains=chains, steps=steps, leapfrogs=leapfrogs)
     with prepared(model, None, x, seed=seed, rows=rows, guided=False) as pair:
         pair = _given(pair, held, "bidirectional Monte Carlo")
+        traced = Traced(model, compile=compile)
         lower, upper = [], []
         for few in parts(len(pair.batch[0]), chains, rows):
             batch = tuple(tensor[few] for tensor in pair.batch)
             drawn = sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch))
-            target = _Target(pair, batch, chains, drawn)
-            sizes = _tuned(pair, batch, chains, steps, leapfrogs, drawn)
+            target = _Target(pair, batch, chains, traced, drawn)
+            sizes = _tuned(target, steps, leapfrogs)
             up, _ = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
             down, _ = _annealed(target, target.state(target.known()), sizes, leapfrogs, cooling=True)
             lower.append(torch.logsumexp(up.view(chains, -1), 0) - math.log(chains))
@@ -307,6 +315,7 @@ class _Target:
         pair: The model, and what is known of it.
         batch: Rows.
         chains: The number K.
+        traced: Runs the densities.
         drawn: Sites of a run of the model on its own; then its observed sites are at the values there.
     """
 
@@ -315,24 +324,28 @@ class _Target:
         pair: Prepared,
         batch: tuple[Tensor, ...],
         chains: int,
+        traced: Traced,
         drawn: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        self.chains = chains
+        self.pair, self.batch, self.chains, self.traced = pair, batch, chains, traced
         self.rows = repeat(batch, chains)
         self.drawn = drawn
-        model = pair.model
+        self.seen: dict[str, Tensor] = {}
         if drawn is not None:
-            seen = {
+            self.seen = {
                 name: torch.cat([node["value"]] * chains, row_axis(node))
                 for name, node in drawn.items()
                 if name not in pair.latents and not node["infer"].get("_deterministic")
             }
-            model = poutine.condition(poutine.uncondition(model), data=seen)
-        self.model = model
-        trace = poutine.trace(model).get_trace(*self.rows)
-        self.parameters = parameters_of(model, trace)
+        self.model = pair.model if drawn is None else poutine.uncondition(pair.model)
+        trace = poutine.trace(poutine.condition(self.model, data=self.seen)).get_trace(*self.rows)
+        self.parameters = parameters_of(pair.model, trace)
         self.first = sample_sites(trace)
         self.latents = LatentVector(pair.latents, self.first)
+
+    def with_chains(self, chains: int) -> "_Target":
+        """The same of another number of copies."""
+        return _Target(self.pair, self.batch, chains, self.traced, self.drawn)
 
     def draw(self) -> Tensor:
         """A draw of the prior for each chain."""
@@ -344,18 +357,22 @@ class _Target:
         return self.latents.vectors(self.latents.drawn(self.drawn)).repeat(self.chains, 1)
 
     def state(self, z: Tensor) -> _State:
-        """The densities at some values; parameters are constants."""
+        """The densities at some values, with their slopes."""
+        return _State(z, *self.traced(self._densities, z, *self.rows, *self.seen.values()))
+
+    def _densities(self, z: Tensor, *given: Tensor) -> list[Tensor]:
+        """All of a state but its place; parameters are constants."""
+        rows, seen = given[: len(self.rows)], dict(zip(self.seen, given[len(self.rows) :], strict=True))
         with torch.enable_grad(), frozen(self.parameters):
             z = z.detach().requires_grad_()
-            log_prior, log_likelihood = self._log_densities(z)
-            slopes = _slope(log_prior, z), _slope(log_likelihood, z)
-        return _State(z.detach(), log_prior.detach(), log_likelihood.detach(), *slopes)
+            both = self._log_densities(z, rows, seen)
+            return [*(each.detach() for each in both), *(_slope(each, z) for each in both)]
 
-    def _log_densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_densities(self, z: Tensor, rows: tuple[Tensor, ...], seen: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         values = self.latents.values(z)
-        model = poutine.condition(self.model, data=self.latents.placed(values))
+        model = poutine.condition(self.model, data=seen | self.latents.placed(values))
         log_prior, log_likelihood = self.latents.log_volume(z, values), z.new_zeros(len(z))
-        for name, node in sample_sites(poutine.trace(model).get_trace(*self.rows)).items():
+        for name, node in sample_sites(poutine.trace(model).get_trace(*rows)).items():
             if name in values:
                 node = without_mask(node)
                 log_prior = log_prior + per_row(node, node["fn"].log_prob(node["value"]))
@@ -389,19 +406,12 @@ def _move(target: _Target, state: _State, beta: float, size: Tensor, leapfrogs: 
     return state.moved(new, torch.rand_like(probability) < probability), probability
 
 
-def _tuned(
-    pair: Prepared,
-    batch: tuple[Tensor, ...],
-    chains: int,
-    steps: int,
-    leapfrogs: int,
-    drawn: dict[str, dict[str, Any]] | None = None,
-) -> Tensor:
+def _tuned(target: _Target, steps: int, leapfrogs: int) -> Tensor:
     """Step sizes ``(T, B)`` with which pilot chains, a quarter as many, have moves accepted as often as wanted."""
-    pilots = max(1, chains // 4)
-    target = _Target(pair, batch, pilots, drawn)
+    pilots = max(1, target.chains // 4)
+    target = target.with_chains(pilots)
     state, betas = target.state(target.draw()), _betas(steps)
-    log_size = state.log_prior.new_full((len(batch[0]),), math.log(0.5))
+    log_size = state.log_prior.new_full((len(state.z) // pilots,), math.log(0.5))
     found = []
     for beta, gain in [*((betas[1], 0.5) for _ in range(WARM_UP)), *((beta, 0.3) for beta in betas[1:])]:
         state, probability = _move(target, state, beta, log_size.exp().repeat(pilots), leapfrogs)

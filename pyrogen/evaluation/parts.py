@@ -61,7 +61,7 @@ class Subject:
     Attributes:
         run: A run.
         pair: Its programs with the observations.
-        particles, explicit_steps, ratio_steps, features, training, seed, rows: As for :func:`evaluate`.
+        particles, explicit_steps, ratio_steps, features, training, seed, rows, compile: As for :func:`evaluate`.
         reasons: Why figures are not defined, by part; the parts fill it.
     """
 
@@ -74,6 +74,7 @@ class Subject:
     training: Tensor | None
     seed: int
     rows: int
+    compile: bool = False
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -145,7 +146,8 @@ def _likelihood(subject: Subject) -> dict[str, Any]:
         subject.note("likelihood", why)
         return {}
     model, pair, count = subject.run.model, subject.pair, len(subject.x[0])
-    found = importance_sampling(model, proposal, subject.x, particles=subject.particles, **subject.options)
+    settings: Any = {"particles": subject.particles, "compile": subject.compile} | subject.options
+    found = importance_sampling(model, proposal, subject.x, **settings)
     values, errors = found.log_likelihood.double(), found.standard_error.double()
     mean = float(values.mean())
     figures = {
@@ -263,7 +265,7 @@ def _gap(subject: Subject) -> dict[str, Any]:
 
 def _annealing(subject: Subject) -> dict[str, Any]:
     few, model = subject.first(ANNEALED), subject.run.model
-    settings = {"chains": CHAINS, "steps": TEMPERATURES, **subject.options}
+    settings: Any = {"chains": CHAINS, "steps": TEMPERATURES, "compile": subject.compile} | subject.options
     found = annealing(model, few, **settings)
     values = found.log_likelihood.double()
     figures = {

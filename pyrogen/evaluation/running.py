@@ -34,7 +34,18 @@ from pyrogen.inference.programs import (
 from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
 from pyrogen.inference.units import by_row, means
 
-__all__ = ["ROWS", "Prepared", "by_row", "check_counts", "means", "pair_passes", "parts", "passes", "prepared"]
+__all__ = [
+    "ROWS",
+    "Prepared",
+    "by_row",
+    "check_counts",
+    "groups",
+    "means",
+    "pair_passes",
+    "parts",
+    "passes",
+    "prepared",
+]
 
 ROWS = 4096
 """How many rows, copies counted, go through a program at once."""
@@ -313,7 +324,7 @@ def pair_passes(
     Yields:
         The rows of a pass, how many copies of them, and its terms.
     """
-    for group in _groups(particles, rows, copies):
+    for group in groups(particles, rows, copies):
         held: poutine.Trace | None = None
         for part in parts(len(pair.batch[0]), group, rows):
             guide = pair.guide if held is None else poutine.replay(pair.guide, trace=held)
@@ -332,7 +343,7 @@ def passes(
     Yields:
         The rows of a pass, how many copies of them, and the trace.
     """
-    for group in _groups(particles, rows, copies):
+    for group in groups(particles, rows, copies):
         held: poutine.Trace | None = None
         for part in parts(len(batch[0]), group, rows):
             replayed = program if held is None else poutine.replay(program, trace=held)
@@ -343,7 +354,8 @@ def passes(
             yield part, group, trace
 
 
-def _groups(particles: int, rows: int, copies: int | None) -> Iterator[int]:
+def groups(particles: int, rows: int, copies: int | None = None) -> Iterator[int]:
+    """How many copies at once, so that they are so many particles together."""
     size = min(particles, rows, copies or particles)
     for start in range(0, particles, size):
         yield min(size, particles - start)

@@ -323,6 +323,7 @@ def evaluate(
     ratio_steps: int = 500,
     seed: int = 0,
     rows: int = ROWS,
+    compile: bool = False,
     after_part: Callable[[Evaluation], Any] | None = None,
 ) -> Evaluation:
     r"""Evaluate a run on observations it was not trained on.
@@ -377,6 +378,8 @@ def evaluate(
             calibrations; 0 leaves these out.
         seed: Of the draws; the caller's random state is left as it was.
         rows: How many rows, copies counted, go through the programs at once.
+        compile: Run the likelihood and annealing by compiled graphs, see :func:`importance_sampling
+            <pyrogen.evaluation.importance_sampling>`: worth it from a few minutes on.
         after_part: Called after each part with all that was found until then, to show it or to keep it.
 
     Returns:
@@ -411,7 +414,7 @@ def evaluate(
     with prepared(run.model, run.guide, x, seed=seed, particles=particles, rows=rows, guided=False) as pair:
         units = _latent_units(pair)
     _check_space(pair, features, training)
-    subject = Subject(run, pair, particles, explicit_steps, ratio_steps, features, training, seed, rows)
+    subject = Subject(run, pair, particles, explicit_steps, ratio_steps, features, training, seed, rows, compile)
     found = Evaluation(len(pair.batch[0]), units, particles, seconds=0.0)
     for name in chosen:
         before = time.perf_counter()

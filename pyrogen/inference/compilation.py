@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.objectives import Estimate, ObjectiveModule
 from pyrogen.inference.programs import modules_of
+from pyrogen.inference.tracing import lowered, reason
 
 __all__ = ["Compiled"]
 
@@ -151,7 +150,7 @@ class Compiled:
             graph = self._compiled(which, batch)
             self._check(graph, batch)
         except Exception as error:  # whatever a program, a tracer or a compiler stumbles over
-            self.why_not = _line(error)
+            self.why_not = reason(error)
             _log.warning("%r runs as it is, not compiled: %s", self.module.elbo, self.why_not)
             return None
         finally:
@@ -228,23 +227,6 @@ class Compiled:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-
-
-def lowered(graph: GraphModule, inputs: list[Any]) -> Any:
-    """A graph as TorchInductor compiles it; itself where that fails, such as for want of a C++ compiler."""
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler's own making
-            return torch._inductor.compile(graph, inputs, options={"fallback_random": True})
-    except Exception as error:  # of many kinds, as compilers and machines are
-        _log.warning("the traced graph runs operation by operation, for it can't be compiled: %s", _line(error))
-        return graph
-
-
-def _line(error: Exception) -> str:
-    if "_local_scalar_dense" in str(error):
-        return "it asks in Python for the value of a tensor, as if, float() and .item() do"
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 class _Known(torch.autograd.Function):

@@ -7,10 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
+from pyrogen.data import LinearGaussian
 from pyrogen.distributions import Implicit, StandardNormal
 from pyrogen.distributions.implicit import NoDensityError
-from pyrogen.evaluation import annealed_importance_sampling, annealing, bidirectional_monte_carlo
+from pyrogen.evaluation import annealed_importance_sampling, annealing, bidirectional_monte_carlo, importance_sampling
+from pyrogen.inference import AmortizedGuide, tracing
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 
 
@@ -187,3 +190,28 @@ def test_what_is_printed():
     model = ppca()
     assert "with 4 chains of 5 steps" in str(annealing(model, torch.randn(3, 8), chains=4, steps=5))
     assert "a gap of" in str(bidirectional_monte_carlo(model, torch.randn(3, 8), chains=4, steps=5))
+
+
+@pytest.mark.parametrize("kind", ["annealing", "bidirectional", "importance"])
+def test_compiled_figures_are_the_figures(kind, traced_only, monkeypatch):
+    graphs = []
+    made = tracing.Traced._made
+    monkeypatch.setattr(tracing, "UNCOMPILED", 2)
+    monkeypatch.setattr(tracing.Traced, "_made", lambda *given: graphs.append(given) or made(*given))
+    toy = LinearGaussian()
+    guide = AmortizedGuide(toy.model, nn.Linear(4, 8))
+
+    def figures(compile: bool) -> list:
+        short: dict = {"chains": 4, "steps": 10, "rows": 20, "compile": compile}
+        if kind == "annealing":  # six observations in parts of five and one
+            return [*vars(annealing(toy.model, toy.x[:6], **short)).values()][:4]
+        if kind == "bidirectional":
+            return [*vars(bidirectional_monte_carlo(toy.model, toy.x[:6], **short)).values()][:2]
+        found = importance_sampling(toy.model, guide, toy.x[:20], particles=50, rows=20, compile=compile)
+        return [*vars(found).values()][:3]
+
+    expected = figures(compile=False)
+    assert not graphs
+    for known, found in zip(expected, figures(compile=True), strict=True):
+        torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == (2 if kind == "importance" else 4)
