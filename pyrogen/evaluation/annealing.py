@@ -1,7 +1,7 @@
 """The log-likelihood of observations without a guide: annealed importance sampling, and how far off it is."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrogen.evaluation.likelihood import error_and_size
-from pyrogen.evaluation.running import ROWS, Prepared, check_counts, parts, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, check_counts, groups, parts, prepared
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.programs import per_row, repeat, row_axis, sample_sites
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
@@ -137,7 +137,7 @@ def annealing(
             for each observation, and a quarter more for the pilot.
         held: Values of global latent sites, by name: the log-likelihood is given these.
         seed: Of all draws; the caller's random state is left as it was.
-        rows: How many chains are run at once, though never fewer than those of one observation.
+        rows: How many chains are run at once; memory is bounded by it.
         compile: Trace the model's densities and their gradients once and run a compiled graph, which takes some 20
             seconds and gives the same up to rounding. What can't be traced runs as it is, with a warning.
 
@@ -161,13 +161,14 @@ def annealing(
         pair = _given(pair, held, "annealed importance sampling")
         traced = Traced(model, compile=compile)
         log_weights, accepted = [], []
-        for few in parts(len(pair.batch[0]), chains, rows):
-            batch = tuple(tensor[few] for tensor in pair.batch)
-            target = _Target(pair, batch, chains, traced)
-            sizes = _tuned(target, steps, leapfrogs)
-            log_w, share = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
-            log_weights.append(log_w.view(chains, -1))
-            accepted.append(share.view(chains, -1).mean(0))
+        for few in parts(len(pair.batch[0]), min(chains, rows), rows):
+            first = _Target(pair, tuple(tensor[few] for tensor in pair.batch), min(chains, rows), traced)
+            sizes, found = _tuned(first, steps, leapfrogs), []
+            for target in first.groups(chains):
+                found.append(_annealed(target, target.state(target.draw()), sizes, leapfrogs))
+            log_w, share = (torch.cat(each) for each in zip(*found, strict=True))
+            log_weights.append(log_w)
+            accepted.append(share.mean(0))
         log_w = torch.cat(log_weights, 1)
         log_mean, log_mean_square = (torch.logsumexp(power * log_w, 0) - math.log(chains) for power in (1, 2))
         acceptance = torch.cat(accepted)
@@ -250,15 +251,18 @@ def bidirectional_monte_carlo(
         pair = _given(pair, held, "bidirectional Monte Carlo")
         traced = Traced(model, compile=compile)
         lower, upper = [], []
-        for few in parts(len(pair.batch[0]), chains, rows):
+        for few in parts(len(pair.batch[0]), min(chains, rows), rows):
             batch = tuple(tensor[few] for tensor in pair.batch)
             drawn = sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch))
-            target = _Target(pair, batch, chains, traced, drawn)
-            sizes = _tuned(target, steps, leapfrogs)
-            up, _ = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
-            down, _ = _annealed(target, target.state(target.known()), sizes, leapfrogs, cooling=True)
-            lower.append(torch.logsumexp(up.view(chains, -1), 0) - math.log(chains))
-            upper.append(math.log(chains) - torch.logsumexp(down.view(chains, -1), 0))
+            first = _Target(pair, batch, min(chains, rows), traced, drawn)
+            sizes, found = _tuned(first, steps, leapfrogs), []
+            for target in first.groups(chains):
+                up, _ = _annealed(target, target.state(target.draw()), sizes, leapfrogs)
+                down, _ = _annealed(target, target.state(target.known()), sizes, leapfrogs, cooling=True)
+                found.append((up, down))
+            up, down = (torch.cat(each) for each in zip(*found, strict=True))
+            lower.append(torch.logsumexp(up, 0) - math.log(chains))
+            upper.append(math.log(chains) - torch.logsumexp(down, 0))
         return BidirectionalMonteCarlo(torch.cat(lower), torch.cat(upper), chains, steps)
 
 
@@ -347,8 +351,13 @@ class _Target:
         """The same of another number of copies."""
         return _Target(self.pair, self.batch, chains, self.traced, self.drawn)
 
+    def groups(self, chains: int) -> Iterator["_Target"]:
+        """Targets of so many chains together, this one the first and largest."""
+        for group, copies in enumerate(groups(chains, self.chains)):
+            yield self if group == 0 else self.with_chains(copies)
+
     def draw(self) -> Tensor:
-        """A draw of the prior for each chain."""
+        """A draw of the prior for each chain, always the same ones."""
         return self.latents.vectors(self.latents.drawn(self.first))
 
     def known(self) -> Tensor:
@@ -424,8 +433,8 @@ def _tuned(target: _Target, steps: int, leapfrogs: int) -> Tensor:
 def _annealed(
     target: _Target, state: _State, sizes: Tensor, leapfrogs: int, *, cooling: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-weights ``(R,)`` of chains from prior to posterior, or where they are cooling the other way, and the share of
-    their moves that was accepted."""
+    """Of chains from prior to posterior, or where they are cooling the other way, the log-weights ``(K, B)`` and the
+    share of moves that was accepted."""
     betas = _betas(len(sizes))
     log_w = torch.zeros(len(state.z), dtype=torch.float64, device=state.z.device)
     accepted = torch.zeros_like(state.log_prior)
@@ -443,4 +452,4 @@ def _annealed(
             "the log-likelihood of a chain is NaN; the parameters of the model are not finite, or a distribution "
             "overflows at draws from its prior"
         )
-    return log_w, accepted / len(sizes)
+    return log_w.view(target.chains, -1), accepted.view(target.chains, -1) / len(sizes)

@@ -192,6 +192,26 @@ def test_what_is_printed():
     assert "a gap of" in str(bidirectional_monte_carlo(model, torch.randn(3, 8), chains=4, steps=5))
 
 
+def test_chains_of_one_observation_go_in_parts():
+    """Never more rows than asked for go through the model, and all parts count, each with draws of its own."""
+    model, most = ppca().double(), []
+    x = torch.randn(2, 8, dtype=torch.float64)
+
+    def watched(x):
+        most.append(len(x))
+        return model(x)
+
+    found = annealing(watched, x, chains=1000, steps=10, leapfrogs=3, rows=300)
+    assert max(most) == 300
+    off = found.log_likelihood - model.log_likelihood(x)
+    assert (off.abs() < 5 * found.standard_error).all()
+    # Repeated draws would be worth no more than a part of them, three times less.
+    one = annealing(model, x, chains=300, steps=10, leapfrogs=3, rows=300)
+    assert (found.effective_sample_size > 2 * one.effective_sample_size).all()
+    both = bidirectional_monte_carlo(watched, x, chains=700, steps=100, rows=300)
+    assert max(most) == 300 and (both.lower < both.upper + 0.1).all() and both.gap < 0.5
+
+
 @pytest.mark.parametrize("kind", ["annealing", "bidirectional", "importance"])
 def test_compiled_figures_are_the_figures(kind, traced_only, monkeypatch):
     graphs = []
