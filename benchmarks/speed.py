@@ -4,18 +4,19 @@
 
 Each contender trains a task's networks from the same first weights, on the same binary images in memory, in float32,
 by Adam: pyrogen by ``pyrogen.fit``, Pythae by its trainer, the others step by step over ``torch.randperm``. A round
-trains all of them afresh, one after the other; the first epoch is warm-up and compilation, the others give the
-milliseconds of a step. The table has median and quartiles over the rounds, and the same of the ratio to "hand-written"
-within a round: what slows the machine for a while slows both. Seconds of compilation are the first round's, from an
-empty cache; for a hand-written loss, what its first epoch takes more than later ones.
+goes through all tasks and trains all contenders afresh, one after the other; the first epoch is warm-up and
+compilation, the others give the milliseconds of a step. Tables have median and quartiles over the rounds, and the same
+of the ratio to "hand-written" within a round: what slows the machine for a while slows both. Seconds of compilation are
+the first round's, from an empty cache; for a hand-written loss, what its first epoch takes more than later ones.
 
 - The loss is the last epoch's mean, without the critics', to show that all do the same work; on MLPs seeds differ by 30
   nats, so fast does it fall. Pyro's ``RenyiELBO`` weighs particles for a whole batch at once, Pythae's IWAE shows
   another sum of the same weights, and its flow does not look at the image. A GAN's loss says little.
 - Pyro has no objective with a critic, Pythae no AVB and no WGAN-GP, Pixyz as a ready model only the VAE.
 - "hand-written, compiled" is ``torch.compile`` of the loss at its defaults, without CUDA graphs, and a fused Adam.
-- AVB has pyrogen's 8 particles and 32 draws for moments, a step of WGAN-GP five of the critic. Validation, and what
-  ``fit`` reports of latent units after an epoch, is in nobody's time.
+- AVB has pyrogen's 8 particles and 32 draws for moments; "avb-plain" has one particle and no adaptive contrast. A step
+  of WGAN-GP has five of the critic. Validation, and what ``fit`` reports of latent units after an epoch, is in nobody's
+  time.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import itertools
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -52,7 +54,7 @@ from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP, ConvDecoder, ConvEncoder, Critic
 
 RATE, BETAS = 1e-3, ((0.9, 0.999), (0.5, 0.999))  # of programs and of critics
-LAYERS, PARTICLES, MOMENT_DRAWS = 4, 8, 32  # pyrogen's defaults for flows and for AVB
+LAYERS, MOMENT_DRAWS = 4, 32  # pyrogen's defaults for flows and for AVB
 STEPS_ON_GPU = 300  # of an epoch at least, for they are short
 
 
@@ -163,10 +165,12 @@ class FlowVAE(nn.Module):
 
 
 class AdversarialVB(nn.Module):
-    """Adaptive contrast; program and critic share their draws and one backward pass."""
+    """With adaptive contrast unless there is a single particle; program and critic share their draws and one backward
+    pass."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
+        self.particles = task.particles
         (self.trunk, head), self.decoder = task.networks()
         guide, self.critic = Implicit(task.latent, head.in_features), Critic(task.latent, head.in_features)
         self.guide, self.noise = guide.default, guide.noises
@@ -177,10 +181,12 @@ class AdversarialVB(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         context = self.trunk(x)
-        z = self.draws(context, PARTICLES)
-        with torch.no_grad():
-            scale, mean = torch.std_mean(torch.cat([z, self.draws(context, MOMENT_DRAWS - PARTICLES)]), 0)
-        white, given = (z - mean) / scale, context.detach().expand(PARTICLES, *context.shape)
+        z = self.draws(context, self.particles)
+        mean, scale = torch.zeros_like(z[0]), torch.ones_like(z[0])
+        if self.particles > 1:
+            with torch.no_grad():
+                scale, mean = torch.std_mean(torch.cat([z, self.draws(context, MOMENT_DRAWS - self.particles)]), 0)
+        white, given = (z - mean) / scale, context.detach().expand(self.particles, *context.shape)
         rate = scored(self.critic, white, given) - scale.log().sum(-1) + 0.5 * (z.square() - white.square()).sum(-1)
         loss = (distortions(self.decoder(z), x) + rate).mean()
         of_draws, of_normal = self.critic(white.detach(), given), self.critic(torch.randn_like(white), given)
@@ -234,7 +240,7 @@ def gan(task: Task) -> tuple[Any, Any, Any]:
 
 PEERS = ("Pyro SVI", "Pythae", "Pixyz")
 plain: Any = partial(Task, VAE, vae, PEERS, ("VAE", "VAEConfig", {}))
-iwae = partial(vae, objective=partial(IWAE, 50))
+iwae, plain_avb = partial(vae, objective=partial(IWAE, 50)), partial(AVB, 1, contrast="none")
 IWAE_OF_PYTHAE = ("IWAE", "IWAEConfig", {"number_samples": 50})
 FLOW_OF_PYTHAE = ("VAE_IAF", "VAE_IAF_Config", {"n_made_blocks": LAYERS, "n_hidden_in_made": 2, "hidden_size": 100})
 TASKS: dict[str, Task] = {
@@ -245,7 +251,8 @@ TASKS: dict[str, Task] = {
     "conv-1024": plain(batch=1024, steps=4, shape=(1, 28, 28)),
     "iwae-50": Task(ImportanceWeighted, iwae, PEERS[:2], IWAE_OF_PYTHAE, steps=5, particles=50),
     "flow": Task(FlowVAE, partial(vae, family=Flow), PEERS[:2], FLOW_OF_PYTHAE, steps=60),
-    "avb": Task(AdversarialVB, partial(vae, objective=AVB, family=Implicit), steps=15),
+    "avb": Task(AdversarialVB, partial(vae, objective=AVB, family=Implicit), steps=15, particles=8),
+    "avb-plain": Task(AdversarialVB, partial(vae, objective=plain_avb, family=Implicit), steps=60),
     "wgan-gp": Task(WassersteinGAN, gan, steps=30, critic_steps=5),
 }
 
@@ -383,12 +390,17 @@ CONTENDERS: dict[str, Callable[[Task, Tensor, int], Training]] = {
 COLUMNS = ["ms a step", "ms, 25 %", "ms, 75 %", "ratio", "ratio, 25 %", "ratio, 75 %", "compiled in, s", "last loss"]
 
 
-def measure(task: Task, contenders: list[str], rounds: int, epochs: int, device: str) -> pd.DataFrame:
-    """Rounds over all contenders in turns: a row of figures for each."""
+def trained(task: Task, contenders: list[str], epochs: int, device: str) -> dict[str, Training]:
+    """All contenders, one after the other."""
     task = replace(task, steps=max(task.steps, STEPS_ON_GPU)) if device == "cuda" else task
     data = task.data(device)
-    trained = [(turn, name, *CONTENDERS[name](task, data, epochs)) for turn in range(rounds) for name in contenders]
-    rows = pd.DataFrame(trained, columns=["round", "name", "ms", "loss", "compilation"])
+    return {name: CONTENDERS[name](task, data, epochs) for name in contenders}
+
+
+def summarized(rounds: list[dict[str, Training]]) -> pd.DataFrame:
+    """A row of figures for each contender."""
+    found = [(turn, name, *each) for turn, of in enumerate(rounds) for name, each in of.items()]
+    rows = pd.DataFrame(found, columns=["round", "name", "ms", "loss", "compilation"])
     reference = rows[rows["name"] == REFERENCE].set_index("round")["ms"]
     rows["ratio"] = rows["ms"] / rows["round"].map(reference)
     rows["compilation"] = rows["compilation"].where(rows["name"].str.endswith("compiled"))
@@ -455,15 +467,19 @@ def main() -> None:
     describe_machine(arguments.device)
     missing = [name for name in ("Pythae", "Pixyz") if not find_spec(name.lower())]
     print("".join(f"{name} is left out, for it is not installed: pip install {name.lower()}\n" for name in missing))
-    tables: dict[str, pd.DataFrame] = {}
+    lacking = {name: [peer for peer in PEERS if peer not in TASKS[name].peers] for name in arguments.tasks}
+    rounds: dict[str, list[dict[str, Training]]] = {name: [] for name in arguments.tasks}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # so that every run compiles anew
-        for name in arguments.tasks:
-            lacking = [peer for peer in PEERS if peer not in TASKS[name].peers]
-            contenders = [each for each in arguments.contenders if each not in [*missing, *lacking]]
-            tables[name] = measure(TASKS[name], contenders, arguments.rounds, arguments.epochs, arguments.device)
-            print(f"{name}" + (f" (no such model: {', '.join(lacking)})" if lacking else "") + "\n")
-            print(in_text(tables[name], arguments.markdown), end="\n\n", flush=True)
+        for turn in range(arguments.rounds):
+            for name, of_task in rounds.items():
+                print(f"round {turn + 1} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
+                contenders = [each for each in arguments.contenders if each not in [*missing, *lacking[name]]]
+                of_task.append(trained(TASKS[name], contenders, arguments.epochs, arguments.device))
+    tables = {name: summarized(of_task) for name, of_task in rounds.items()}
+    for name, table in tables.items():
+        print(f"{name}" + (f" (no such model: {', '.join(lacking[name])})" if lacking[name] else "") + "\n")
+        print(in_text(table, arguments.markdown), end="\n\n")
     if arguments.chart:
         draw(tables, arguments.chart)
 
