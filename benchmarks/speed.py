@@ -244,16 +244,16 @@ iwae, plain_avb = partial(vae, objective=partial(IWAE, 50)), partial(AVB, 1, con
 IWAE_OF_PYTHAE = ("IWAE", "IWAEConfig", {"number_samples": 50})
 FLOW_OF_PYTHAE = ("VAE_IAF", "VAE_IAF_Config", {"n_made_blocks": LAYERS, "n_hidden_in_made": 2, "hidden_size": 100})
 TASKS: dict[str, Task] = {
-    "mlp-128": plain(steps=150),
-    "mlp-1024": plain(batch=1024, steps=30),
-    "tiny-4": plain(batch=4, steps=1000, shape=(16,), hidden=(8,), latent=2),
-    "conv-128": plain(steps=25, shape=(1, 28, 28)),
-    "conv-1024": plain(batch=1024, steps=4, shape=(1, 28, 28)),
-    "iwae-50": Task(ImportanceWeighted, iwae, PEERS[:2], IWAE_OF_PYTHAE, steps=5, particles=50),
-    "flow": Task(FlowVAE, partial(vae, family=Flow), PEERS[:2], FLOW_OF_PYTHAE, steps=60),
-    "avb": Task(AdversarialVB, partial(vae, objective=AVB, family=Implicit), steps=15, particles=8),
-    "avb-plain": Task(AdversarialVB, partial(vae, objective=plain_avb, family=Implicit), steps=60),
-    "wgan-gp": Task(WassersteinGAN, gan, steps=30, critic_steps=5),
+    "mlp-128": plain(),
+    "mlp-1024": plain(batch=1024, steps=20),
+    "tiny-4": plain(batch=4, steps=400, shape=(16,), hidden=(8,), latent=2),
+    "conv-128": plain(steps=15, shape=(1, 28, 28)),
+    "conv-1024": plain(batch=1024, steps=3, shape=(1, 28, 28)),
+    "iwae-50": Task(ImportanceWeighted, iwae, PEERS[:2], IWAE_OF_PYTHAE, steps=4, particles=50),
+    "flow": Task(FlowVAE, partial(vae, family=Flow), PEERS[:2], FLOW_OF_PYTHAE, steps=40),
+    "avb": Task(AdversarialVB, partial(vae, objective=AVB, family=Implicit), steps=8, particles=8),
+    "avb-plain": Task(AdversarialVB, partial(vae, objective=plain_avb, family=Implicit), steps=40),
+    "wgan-gp": Task(WassersteinGAN, gan, steps=20, critic_steps=5),
 }
 
 

@@ -20,6 +20,7 @@ from pyrogen.experiment import commands
 from pyrogen.experiment.parts import ROLES, Part, describe_part, names
 from pyrogen.experiment.settings import CompareSettings, FitSettings, Settings
 from pyrogen.inference import NonFiniteLoss
+from pyrogen.inference.parallel import environment, is_first
 
 __all__ = ["main"]
 
@@ -101,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Any, code: int) -> int:
-    print(f"pyrogen: {'error: ' if code != 130 else ''}{' '.join(str(error).split())}", file=sys.stderr)
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:  # of several processes one speaks
+        print(f"pyrogen: {'error: ' if code != 130 else ''}{' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
@@ -123,6 +125,13 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"{error}{_nearest_flag(str(error), arguments)}") from error
     command = values.subcommand
     settings = _settings(values[command], COMMANDS[command][0], options)
+    if command == "compare" and environment() is not None:
+        raise ValueError(
+            "pyrogen compare runs in one process, and torchrun or SLURM has started several; only pyrogen fit trains "
+            "on all of them together"
+        )
+    if command != "fit" and not is_first():
+        return 0
     match command:
         case "compare":
             table, folder = commands.run_compare(*settings)
@@ -130,8 +139,9 @@ def _run(arguments: list[str]) -> int:
             print(f"Written to {folder}")
         case "fit":
             run, folder = commands.run_fit(*settings)
-            print(run)
-            print(f"Written to {folder}")
+            if is_first():
+                print(run)
+                print(f"Written to {folder}")
         case "evaluate":
             print(commands.run_evaluate(*settings))
         case "sample":

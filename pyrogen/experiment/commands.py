@@ -34,6 +34,7 @@ from pyrogen.experiment.table import Comparison, row_of, steps_of
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
+from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.run import SETTINGS, write_yaml
 
 __all__ = [
@@ -98,6 +99,7 @@ class EvaluateSettings:
         parts: Which parts, by name, or all.
         particles: Draws for each observation, for the log-likelihood.
         seed: Of the draws.
+        compile: Trace the programs and run compiled graphs where much is to be done, for likelihood and annealing.
         trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
     """
 
@@ -109,6 +111,7 @@ class EvaluateSettings:
     parts: list[str] = field(default_factory=lambda: [*DEFAULT])
     particles: int = 1000
     seed: int = 0
+    compile: bool = False
     trust: bool = False
 
 
@@ -152,6 +155,7 @@ class ReportSettings:
         rows: Only the first so many rows; by default as many as the comparison used, otherwise all.
         particles: Draws for each observation, for the log-likelihood of fits that have no figures yet.
         seed: Of the draws.
+        compile: As for pyrogen evaluate, for fits that have no figures yet.
         trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
         overwrite: Replace a report that is there.
     """
@@ -164,6 +168,7 @@ class ReportSettings:
     rows: int | None = None
     particles: int = 1000
     seed: int = 0
+    compile: bool = False
     trust: bool = False
     overwrite: bool = False
 
@@ -191,9 +196,15 @@ class ReportSettings:
 
 
 def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
-    """Fit one model; the settings are kept as ``fit.yaml`` beside the run."""
-    folder = output.folder("fit", settings.data)
-    data = settings.load_data()
+    """Fit one model; the settings are kept as ``fit.yaml`` beside the run.
+
+    Of several processes the first says where to and writes, and one of each machine loads the data before the others.
+    """
+    processes = Processes(connect(settings.device, "32-true"))
+    with processes.together():
+        folder = output.folder("fit", settings.data)
+    folder = processes.broadcast(folder)
+    data = processes.in_turn(settings.load_data)
     with settings.limited_threads(data), torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model, guide = settings.build_model(data), None
@@ -215,7 +226,9 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
             overwrite=output.overwrite,
             **settings.training(),
         )
-    write_yaml(folder / "fit.yaml", settings.plain())
+    with processes.together():
+        if processes.first:
+            write_yaml(folder / "fit.yaml", settings.plain())
     return run, folder
 
 
@@ -304,7 +317,7 @@ def _evaluated(
             shown.update(f"{folder.name}: {name}, part {len(found.seconds_of) + 1} of {len(parts)}")
 
     shown.update(f"{folder.name}: {parts[0]}, part 1 of {len(parts)}")
-    options: dict[str, Any] = {"particles": settings.particles, "seed": settings.seed}
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("particles", "seed", "compile")}
     found = evaluate(run, rows, parts=parts, after_part=after_part, **options, **space)
     return found, entry
 

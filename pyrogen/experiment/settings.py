@@ -49,7 +49,7 @@ class Settings:
         features: Number of features that the encoder gives.
         epochs: How long to train, in passes through the data; by default 30, unless steps are given.
         steps: How long to train, in steps of the optimizer.
-        batch_size: Rows of a minibatch.
+        batch_size: Rows of a minibatch; of several processes that train together, those of each.
         learning_rate: Of Adam.
         schedule: How the learning rate goes on: constant, or falling to 0, linearly or as half a cosine.
         gradient_clip: Bound on the norm of the gradient.
@@ -225,14 +225,17 @@ class FitSettings(Settings):
         objective: What is minimised: ELBO, IWAE, Renyi, ...
         patience: Stop when the bound on the validation data has not risen for so many epochs, and keep the best
             weights.
+        matmul_precision: What PyTorch may do to products of 32-bit matrices in training: highest, or high, which is
+            TF32 where a GPU has it, or medium.
     """
 
     family: Part = field(default_factory=lambda: Part("Normal"))
     objective: Part = field(default_factory=lambda: Part("ELBO"))
     patience: int | None = None
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
     def training(self) -> dict[str, Any]:
-        return super().training() | {"patience": self.patience}
+        return super().training() | {"patience": self.patience, "matmul_precision": self.matmul_precision}
 
 
 @dataclass(frozen=True, kw_only=True)

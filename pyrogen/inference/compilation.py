@@ -102,7 +102,12 @@ class Compiled:
                 parameter.grad = None
             getattr(self.module, which)(*batch).backward()
         else:
+            given: set[int] = set()
             for parameter, gradient in zip(graph.trained, self._run(graph, batch)[1], strict=True):
+                # Equal gradients are one tensor, and whoever scales them in place would scale them twice.
+                if gradient is not None:
+                    gradient = gradient.clone() if gradient.data_ptr() in given else gradient
+                    given.add(gradient.data_ptr())
                 parameter.grad = gradient
         return self.module.latest  # type: ignore[return-value]
 

@@ -1,12 +1,12 @@
-"""The training loop: a step, an epoch, and checkpoints from which it goes on bit for bit."""
+"""The training loop: a step, an epoch, and what is made of it."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -20,44 +20,50 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrogen.inference.batches import Batches
-from pyrogen.inference.checkpoints import (
-    load_optimizer,
-    load_weights,
-    optimizer_state,
-    random_state,
-    read_tensors,
-    seeded,
-    set_random_state,
-    unique_tensors,
-    write_tensors,
-)
+from pyrogen.inference.checkpoints import load_weights, random_state, seeded, unique_tensors
 from pyrogen.inference.compilation import Compiled
 from pyrogen.inference.objectives import Estimate
+from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters
+from pyrogen.inference.parallel import Processes
 from pyrogen.inference.programs import latent_sites, prototype
-from pyrogen.inference.run import INACTIVE_UNITS, SETTINGS, FitOptions, Run, settings_of, write_run, write_yaml
+from pyrogen.inference.resuming import CHECKPOINT, check_alike, read_checkpoint, restore, write_checkpoint
+from pyrogen.inference.run import (
+    INACTIVE_UNITS,
+    SETTINGS,
+    Run,
+    clear_folder,
+    settings_of,
+    write_run,
+    write_yaml,
+)
 from pyrogen.inference.units import UNIT_ROWS, inactive_units
 from pyrogen.inference.watch import CriticWatch
 
 __all__ = ["CHECKPOINT", "NonFiniteLoss", "Training"]
-
-CHECKPOINT = "checkpoint.safetensors"
-MAY_CHANGE = ("epochs", "steps", "patience", "device", "checkpoint_every")
-"""Options that another part of the same run may have."""
 
 PAYS_FROM = 90.0
 """Seconds that are left of a fit, above which compiling it is worth its time."""
 TIMED = 20
 """Steps after which it is known how long one takes."""
 
+LOOK_EVERY = {"cpu": 1}
+"""After how many steps losses are looked at, by device; a look at a GPU's waits for all that it has still to do."""
+LOOK_ELSEWHERE = 50
+
 _VALIDATION_ROWS = 1000
 """Rows of a validation batch, copies counted."""
 
+T = TypeVar("T")
+
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss that is NaN or infinite; training stopped before the step that it would have spoiled."""
+    """A loss that is NaN or infinite; training stopped before the step that it would have spoiled.
+
+    On a GPU, where losses are looked at every 50 steps, the weights may have been spoiled since, but none were written.
+    """
 
 
 class Training:
@@ -76,16 +82,17 @@ class Training:
         self.folder = folder
         self.callbacks = callbacks
         self.fabric = fabric
+        self.processes = Processes(fabric)
         options = run.options
         self.programs = run.objective(run.model, run.guide)
         self.programs.to(fabric.device)
-        critics = [*run.objective.critics.parameters()]
-        self.trained = _trained(self.programs, critics)
-        self.optimizers = {"program": _optimizer(self.trained, options, fabric.device)}
+        self.critics = critics = [*run.objective.critics.parameters()]
+        self.trained = trained_parameters(self.programs, critics)
+        self.optimizers = {"program": optimizer_of(self.trained, options, fabric.device)}
         self.learning_rates = {"program": options.learning_rate}
         if critics:
             self.learning_rates["critic"] = options.critic.learning_rate or options.learning_rate
-            self.optimizers["critic"] = _adam(
+            self.optimizers["critic"] = adam(
                 critics, self.learning_rates["critic"], options, fabric.device, betas=options.critic.betas
             )
         contrasts: Any = run.objective.critics.items()
@@ -113,9 +120,13 @@ class Training:
                 f"the critics' warm-up of {options.critic.warmup} steps takes all {self.total} of this fit, so the "
                 "program would never move; train for longer, or choose a shorter warmup"
             )
-        self.full = min(options.batch_size, len(batches))
+        self.full = batches.rows_at(0)[0]
         self.compiled = Compiled(self.programs) if options.compile is True and self._compilable else None
         self.timed, self.fastest = 0, math.inf
+        self.look_every = LOOK_EVERY.get(fabric.device.type, LOOK_ELSEWHERE)
+        self.unseen: list[_Seen] = []
+        self.failure: Exception | None = None
+        self.share = 1.0
         self.step = 0
         self.best = -math.inf
         self.best_weights: dict[str, Tensor] = {}
@@ -131,21 +142,44 @@ class Training:
         # Scaled gradients are unscaled by Fabric, between its own backward pass and the step.
         return self.run.options.precision != "16-mixed"
 
+    def begin(self, *, resume: bool, overwrite: bool) -> None:
+        """Go on from a checkpoint, if there is one and ``resume`` is wanted; all processes begin alike.
+
+        Raises:
+            ValueError: If the checkpoint is damaged, was written by another fit, or has gone further than this one
+                shall go; if processes were given different fits.
+        """
+        check_alike(self)
+        read = None
+        with self.processes.together():
+            if self.folder is not None and self.processes.first:
+                if resume and (self.folder / CHECKPOINT).exists():
+                    read = read_checkpoint(self, self.folder / CHECKPOINT)
+                elif overwrite:
+                    clear_folder(self.folder)
+        read = self.processes.broadcast(read)
+        if read is not None:
+            restore(self, *read)
+        self.processes.spread([*unique_tensors(self.programs).values(), *self.averaged])
+
     def go(self, progress: bool) -> None:
         """Train from where training stands to its end, and leave the run as it shall be."""
         stop = False
+        first = self.processes.first
         try:
-            if self.folder is not None:  # so that the folder is known as a run's from the start
-                write_yaml(self.folder / SETTINGS, settings_of(self.run))
-            with progress_bar(disable=not progress) as bar:
+            with self.processes.together():
+                if self.folder is not None and first:  # so that the folder is known as a run's from the start
+                    write_yaml(self.folder / SETTINGS, settings_of(self.run))
+            with progress_bar(disable=not (progress and first)) as bar:
                 task = bar.add_task("fit", total=self.total, completed=self.step, loss="")
                 while self.step < self.total and not stop and not self.out_of_patience:
                     stop = self._epoch(bar, task)
             self._take_averaged()
             if self.best_weights:
                 load_weights(self.run.programs, self.best_weights, "the best weights")
-            if self.folder is not None:
-                write_run(self.run, self.folder)
+            with self.processes.together():
+                if self.folder is not None and first:
+                    write_run(self.run, self.folder)
         finally:
             self.programs.eval()
             for logger in self.fabric.loggers:
@@ -153,61 +187,119 @@ class Training:
 
     def _epoch(self, bar: Progress, task: TaskID) -> bool:
         """Train to the end of the epoch, then measure, log and write; returns whether a callback wants to stop."""
-        started = time.perf_counter()
+        started = began = time.perf_counter()
         epoch, done = divmod(self.step, self.batches.per_epoch)
         sums: dict[str, Tensor] = {}
-        rows = count = 0
+        rows = count = since = 0
         self.programs.train()
-        for batch in self.batches.epoch(epoch, self.fabric.device, skip=done):
-            began = time.perf_counter()
-            self._critic_steps(len(batch[0]))
-            metrics = self._step(batch)
-            self._consider_compiling(time.perf_counter() - began)
+        batches = self.batches.epoch(epoch, self.fabric.device, skip=done)
+        for position in range(done, min(self.batches.per_epoch, done + self.total - self.step)):
+            own, whole = self.batches.rows_at(position)
+            self.share = own / whole
+            batch = self._tried(lambda: next(batches))
+            if not self.unseen:
+                began, since = time.perf_counter(), 0
+            self._critic_steps(own or 1)
+            metrics = self._step(batch or ())
+            rows, count, since = rows + whole, count + 1, since + 1
             for name, value in metrics.items():
+                value = value if self.processes.alone else self._weighted(value)
                 sums[name] = sums[name] + value if name in sums else value
-            rows, count = rows + len(batch[0]), count + 1
-            if not bar.disable:
-                bar.update(task, completed=self.step, loss=f"loss {metrics['loss']:.2f}")
-            if self.step == self.total:
-                break
+            if not self.unseen:
+                self._consider_compiling((time.perf_counter() - began) / since, since)
+                if not bar.disable:
+                    bar.update(task, completed=self.step, loss=f"loss {metrics['loss']:.2f}")
+        if self.unseen:
+            self._look()
         self._check_weights()
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
         if self.compiled is not None:
             self.run.compile_seconds += self.compiled.seconds
             self.compiled.seconds = 0.0
-        means = {name: float(value) / count for name, value in sums.items()}
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step} | means
-        self.watch.look(row, count, self.settling)
-        row["validation"] = math.nan
-        row[self.run.objective.validates_as or "validation"] = self._validate(epoch)
+        totals = zip(sums, self.processes.sum([*sums.values()]), strict=True)
+        means = {name: total / count for name, total in totals}
+        bound = self._validate(epoch)
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step} | means | {"validation": math.nan}
+        row[self.run.objective.validates_as or "validation"] = bound
         row |= {"learning_rate": self.optimizers["program"].param_groups[0]["lr"], "seconds": self.run.seconds}
         row["rows_per_second"] = rows / seconds
-        if self.local:
-            row[INACTIVE_UNITS] = self._inactive_units()
-        history, last = self.run.history, pd.DataFrame([row])
+        with self.processes.together():
+            if self.processes.first:
+                self.watch.look(means, count, self.settling)
+                if self.local:
+                    row[INACTIVE_UNITS] = self._inactive_units()
+                figures = {name: value for name, value in row.items() if name != INACTIVE_UNITS}
+                known = {name: value for name, value in figures.items() if not math.isnan(value)}
+                self.fabric.log_dict(known, step=self.step)
+        history, last = self.run.history, pd.DataFrame([self.processes.broadcast(row)])
         self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
-        figures = {name: value for name, value in row.items() if name != INACTIVE_UNITS}
-        self.fabric.log_dict({name: value for name, value in figures.items() if not math.isnan(value)}, step=self.step)
         return self._finish_epoch(epoch)
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """One step of the optimizer; returns the figures of its batch, without gradients."""
         options = self.run.options
-        factor = _factor(options.schedule, self.step / self.total)
+        factor = learning_rate_factor(options.schedule, self.step / self.total)
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rates[name] * factor
-        estimate = self._gradients(batch)
-        loss = estimate.loss.detach()
-        if not math.isfinite(loss.item()):
-            raise NonFiniteLoss(self._explain(f"the loss is {loss.item()}", self._origin(estimate, batch)))
+        estimate = self._tried(lambda: self._gradients(batch))
+        loss = self._no_loss() if estimate is None else estimate.loss.detach()
+        agreed = self._averaged(loss)
+        self.unseen.append(_Seen(self.step, agreed, loss, self.share, {} if estimate is None else estimate.metrics))
+        if len(self.unseen) >= self.look_every:
+            self._look(estimate, batch)
         for name, stepper in self.steppers.items():
             if name == "critic" or self.step >= options.critic.warmup or "critic" not in self.steppers:
                 self._move(stepper)
         self._average()
         self.step += 1
+        if estimate is None:
+            return {}
         return {"loss": loss if estimate.of_program is None else estimate.of_program} | estimate.metrics
+
+    def _tried(self, compute: Callable[[], T]) -> T | None:
+        """What is computed. Where several processes train, one that fails goes on with NaN until all have seen it."""
+        if self.processes.alone:
+            return compute()
+        try:
+            return None if self.failure else compute()
+        except Exception as error:
+            self.failure = error
+            return None
+
+    def _averaged(self, loss: Tensor) -> Tensor:
+        """Give all processes the same gradients and buffers; returns a loss that is finite where theirs all are."""
+        if self.processes.alone:
+            return loss
+        buffers = [each for each in self.programs.buffers() if each.is_floating_point()]
+        share = 1.0 if self.failure else self.share
+        return self.processes.average([*self.trained, *self.critics], loss, share, buffers)
+
+    def _no_loss(self) -> Tensor:
+        return torch.full((), torch.nan, device=self.fabric.device)
+
+    def _weighted(self, value: Tensor) -> Tensor:
+        return value * self.share if self.share else torch.zeros_like(value)
+
+    def _look(self, estimate: Estimate | None = None, batch: tuple[Tensor, ...] = ()) -> None:
+        """Look at the losses of the last steps, of the very last with its estimate at hand."""
+        seen, self.unseen = self.unseen, []
+        values = [seen[0].agreed.item()] if len(seen) == 1 else torch.stack([each.agreed for each in seen]).tolist()
+        bad = next((each for each, value in zip(seen, values, strict=True) if not math.isfinite(value)), None)
+        if bad is not None:
+            self._stop_at(bad, estimate if bad is seen[-1] else None, batch)
+
+    def _stop_at(self, bad: "_Seen", estimate: Estimate | None, batch: tuple[Tensor, ...]) -> None:
+        """Raise the same error in all processes, for a loss that is not finite or for what kept one from having any."""
+        with self.processes.together():
+            if self.failure is not None:
+                raise self.failure
+        what = None
+        if bad.share and not math.isfinite(loss := bad.own.item()):
+            origin = bad.origin() if estimate is None else self._origin(estimate, batch)
+            what = self._explain(f"the loss is {loss}", origin, bad.step)
+        raise NonFiniteLoss(next(what for what in self.processes.gather(what) if what is not None))
 
     def _gradients(self, batch: tuple[Tensor, ...]) -> Estimate:
         """The estimate of a batch, with the gradients of all parameters in place."""
@@ -231,15 +323,18 @@ class Training:
         assert estimate.terms is not None
         return estimate.terms.origin_of_nan()
 
-    def _consider_compiling(self, seconds: float) -> None:
+    def _consider_compiling(self, seconds: float, steps: int) -> None:
         """Compile from here on where that is left to the time that it saves."""
         if self.run.options.compile != "auto" or self.compiled is not None or not self._compilable:
             return
-        self.timed += 1
+        before, enough = self.timed, max(TIMED, 2 * self.look_every)
+        self.timed += steps
         # The first steps are slower than others, and one alone tells little.
         self.fastest = min(seconds, self.fastest)
-        if self.timed == TIMED and self.fastest * (self.total - self.step) > PAYS_FROM:
-            self.compiled = Compiled(self.programs)
+        if before < enough <= self.timed:
+            pays = self.fastest * (self.total - self.step) > PAYS_FROM
+            if self.processes.broadcast(pays):
+                self.compiled = Compiled(self.programs)
 
     def _move(self, stepper: Any) -> None:
         clip = self.run.options.gradient_clip
@@ -250,15 +345,21 @@ class Training:
     def _critic_steps(self, rows: int) -> None:
         """The steps that critics take before the one that they share with the program."""
         for _ in range(self.critic_steps - 1):
-            batch = self.batches.some(rows, self.fabric.device)
-            if self.compiled is not None and rows == self.full:
-                with self.fabric.autocast():
-                    self.compiled.critics_backward(*batch)
-            else:
-                loss = self.module.critic_loss(*batch)
-                self.steppers["critic"].zero_grad(set_to_none=True)
-                self.fabric.backward(loss)
+            loss = self._tried(lambda: self._critic_gradients(rows))
+            self.processes.average(self.critics, self._no_loss() if loss is None else loss, self.share)
             self._move(self.steppers["critic"])
+
+    def _critic_gradients(self, rows: int) -> Tensor:
+        """The critics' loss on rows drawn at random, with their gradients in place."""
+        batch = self.batches.some(rows, self.fabric.device)
+        if self.compiled is not None and rows == self.full:
+            with self.fabric.autocast():
+                self.compiled.critics_backward(*batch)
+            return torch.zeros((), device=self.fabric.device)
+        loss = self.module.critic_loss(*batch)
+        self.steppers["critic"].zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        return loss.detach()
 
     def _average(self) -> None:
         """Move the averaged weights; at first faster, so that the initial ones are soon forgotten."""
@@ -288,18 +389,21 @@ class Training:
         return [name for name, p in self.run.programs.named_parameters() if not torch.isfinite(p).all()]
 
     def _check_weights(self) -> None:
-        if spoiled := self._spoiled():
-            raise NonFiniteLoss(self._explain("the last step has spoiled weights", f"the gradient of {spoiled[0]}"))
+        with self.processes.together():
+            if spoiled := self._spoiled():
+                origin = f"the gradient of {spoiled[0]}"
+                raise NonFiniteLoss(self._explain("the last step has spoiled weights", origin, self.step))
 
-    def _explain(self, what: str, origin: str) -> str:
-        if spoiled := self._spoiled():
+    def _explain(self, what: str, origin: str, step: int) -> str:
+        # Of an earlier step's weights nothing is known any more.
+        if step == self.step and (spoiled := self._spoiled()):
             origin = f"{origin}, for the step before made {spoiled[0]} not finite"
         where = "no checkpoint was written"
         if self.folder is not None and (self.folder / CHECKPOINT).exists():
             where = f"the last good checkpoint is {self.folder / CHECKPOINT}"
-        epoch = self.step // self.batches.per_epoch + 1
+        epoch = step // self.batches.per_epoch + 1
         return (
-            f"{what} at step {self.step + 1} (epoch {epoch}); it began at {origin}. Training stopped and "
+            f"{what} at step {step + 1} (epoch {epoch}); it began at {origin}. Training stopped and "
             f"{where}. Try a smaller learning_rate, or gradient_clip=1.0"
         )
 
@@ -310,10 +414,11 @@ class Training:
         self.programs.eval()
         total = torch.zeros((), dtype=torch.float64)
         size = max(1, _VALIDATION_ROWS // self.run.objective.particles)
-        with torch.no_grad(), seeded(self.run.options.seed, self.fabric.device), self._with_averaged():
-            for batch in self.validation.in_order(self.fabric.device, size):
+        seed, device = self.processes.seed(self.run.options.seed), self.fabric.device
+        with self.processes.together(), torch.no_grad(), seeded(seed, device), self._with_averaged():
+            for batch in self.validation.in_order(device, size, own=True):
                 total += self.module.bound(*batch).sum().cpu()
-        return float(total) / len(self.validation)
+        return self.processes.sum([total])[0] / len(self.validation)
 
     def _inactive_units(self) -> str:
         """The latent units that say nothing of validation data, or of training data where there are none for that."""
@@ -336,145 +441,48 @@ class Training:
                     self.best_weights = {k: v.detach().clone() for k, v in unique_tensors(self.run.programs).items()}
         due = (epoch + 1) % options.checkpoint_every == 0 or self.step == self.total or self.out_of_patience
         if due:
-            self._write_checkpoint()
-        # What callbacks draw does not change the training. A list, so that all are called even if one wants to stop.
-        with seeded(None, self.fabric.device):
-            stop = any([callback(self.run) is True for callback in self.callbacks])
+            self._checkpoint()
+        stop = bool(self.callbacks) and self._call_back()
         if stop and not due:
-            self._write_checkpoint()
+            self._checkpoint()
         return stop
 
-    def _write_checkpoint(self) -> None:
-        """Everything needed to go on, in one file."""
-        if self.folder is None:
-            return
-        tensors = {f"weights.{name}": value for name, value in unique_tensors(self.run.programs).items()}
-        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        tensors |= {f"averaged.{index}": value for index, value in enumerate(self.averaged)}
-        optimizers = {}
-        for kind, optimizer in self.optimizers.items():
-            moments, optimizers[kind] = optimizer_state(optimizer)
-            tensors |= {f"optimizer.{kind}.{name}": value for name, value in moments.items()}
-        tensors |= {f"random.{name}": value for name, value in random_state(self.fabric.device).items()}
-        values = {
-            "step": self.step,
-            "best": None if math.isinf(self.best) else self.best,
-            "since_best": self.since_best,
-            "objective_step": self.run.objective.step,
-            "seconds": self.run.seconds,
-            "compile_seconds": self.run.compile_seconds,
-            "history": self.run.history.to_dict("list"),
-            "optimizers": optimizers,
-            "watch": self.watch.state(),
-            "compiled": self.compiled is not None,
-            "precision": self.fabric.strategy.precision.state_dict(),
-            "identity": self._identity(),
-        }
-        write_tensors(self.folder / CHECKPOINT, tensors, values)
-        with self._with_averaged():
-            write_run(self.run, self.folder)
+    def _call_back(self) -> bool:
+        """Call the callbacks, in the first process; returns whether one wants to stop."""
+        stop = False
+        with self.processes.together(), seeded(None, self.fabric.device):  # what they draw does not change the training
+            if self.processes.first:
+                # A list, so that all are called even if one wants to stop.
+                stop = any([callback(self.run) is True for callback in self.callbacks])
+        self.processes.spread(unique_tensors(self.programs).values())
+        return self.processes.broadcast(stop)
 
-    def _identity(self) -> dict[str, Any]:
-        """What may not change when a run goes on, as plain values."""
-        settings = settings_of(self.run)
-        parts = {name: settings[name] for name in ("model", "guide", "objective")}
-        options = {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE}
-        source = {name: value for name, value in (self.run.data or {}).items() if name not in ("name", "root")}
-        data = {
-            "rows": len(self.batches),
-            "fingerprint": self.fingerprint,
-            "example": self.run.example,
-            "source": source,
-        }
-        return json.loads(json.dumps({"options": options, "data": data} | parts))
-
-    def read_checkpoint(self, path: Path) -> None:
-        """Go on where a checkpoint was written.
-
-        Raises:
-            ValueError: If it is damaged, was written by another fit, or has gone further than this one shall go.
-        """
-        tensors, values = read_tensors(path)
-        try:
-            difference = first_difference(values["identity"], self._identity())
-            if difference is not None:
-                raise ValueError(
-                    f"{path} was written by a fit that differs: {difference}. Resume with what it was begun with (only "
-                    f"{', '.join(MAY_CHANGE)} may change), or begin anew with overwrite=True"
-                )
-            if values["step"] > self.total:
-                raise ValueError(
-                    f"{path} has gone {values['step']} steps already, more than the {self.total} of this fit; give "
-                    "larger epochs or steps to go on"
-                )
-            self._restore(tensors, values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no checkpoint of this version of pyrogen ({error!r})") from error
-
-    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        load_weights(self.run.programs, under("weights."), CHECKPOINT)
-        for kind, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, under(f"optimizer.{kind}."), values["optimizers"][kind])
-        for index, tensor in enumerate(self.averaged):
-            tensor.copy_(under("averaged.")[str(index)])
-        self.watch = CriticWatch(**values["watch"])
-        if values["compiled"] and self.compiled is None:
-            self.compiled = Compiled(self.programs)
-        self.fabric.strategy.precision.load_state_dict(values["precision"])
-        self.best_weights = under("best.")
-        self.step, self.since_best = values["step"], values["since_best"]
-        self.best = -math.inf if values["best"] is None else values["best"]
-        self.run.objective.step, self.run.seconds = values["objective_step"], values["seconds"]
-        self.run.compile_seconds = values["compile_seconds"]
-        self.run.history = pd.DataFrame(values["history"])
-        set_random_state(under("random."), self.fabric.device)
+    def _checkpoint(self) -> None:
+        """Write everything needed to go on, the random states of all processes included."""
+        if self.folder is not None:
+            states = self.processes.gather(random_state(self.fabric.device))
+            with self.processes.together():
+                if self.processes.first:
+                    write_checkpoint(self, self.folder / CHECKPOINT, states)
+                    with self._with_averaged():
+                        write_run(self.run, self.folder)
 
 
-def first_difference(there: Any, here: Any, name: str = "") -> str | None:
-    """Where two plain values differ first, in words, or None."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found = (
-            first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-            for key in {**there, **here}
-        )
-        return next((difference for difference in found if difference is not None), None)
-    return None if there == here else f"{name} was {there!r} and is {here!r}"
+@dataclass(slots=True)  # frozen it would take four times as long to make
+class _Seen:
+    """What is kept of a step until its loss is looked at; ``agreed`` is finite where that of every process is."""
 
+    step: int
+    agreed: Tensor
+    own: Tensor
+    share: float
+    metrics: dict[str, Tensor]
 
-def _factor(schedule: str | Callable[[float], float], share: float) -> float:
-    if callable(schedule):
-        return schedule(share)
-    return {"constant": 1.0, "linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share))}[schedule]
-
-
-def _trained(module: nn.Module, critics: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The programs' parameters that are trained."""
-    apart = {id(parameter) for parameter in critics}
-    parameters = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
-    if not parameters:
-        raise ValueError("neither model nor guide has a parameter to train")
-    return parameters
-
-
-def _optimizer(parameters: list[nn.Parameter], options: FitOptions, device: torch.device) -> torch.optim.Optimizer:
-    if options.optimizer is not None:
-        return options.optimizer(parameters, lr=options.learning_rate)
-    return _adam(parameters, options.learning_rate, options, device)
-
-
-def _adam(
-    parameters: list[nn.Parameter],
-    learning_rate: float,
-    options: FitOptions,
-    device: torch.device,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> torch.optim.Adam:
-    # With scaled gradients a fused step would unscale them after they were clipped.
-    fused = device.type in ("cpu", "cuda") and options.precision != "16-mixed"
-    return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, fused=fused)
+    def origin(self) -> str:
+        """Where a loss began that is not finite, as far as figures tell."""
+        odd = [name for name, value in self.metrics.items() if not math.isfinite(value.item())]
+        where = f"its figures {', '.join(odd)}" if odd else "what none of its figures shows"
+        return f"{where} (device='cpu' names the site, for there every loss is looked at)"
 
 
 def progress_bar(*, disable: bool = False) -> Progress:

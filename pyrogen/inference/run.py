@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import yaml
-from torch import nn
+from torch import distributed, nn
 
 from pyrogen.configuration import build, describe
 from pyrogen.inference.checkpoints import (
@@ -92,6 +92,8 @@ class FitOptions:
     critic: CriticOptions = CriticOptions()
     average: float | None = None
     compile: bool | Literal["auto"] = False
+    loader_workers: int = 0
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -100,6 +102,11 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        loaders = self.loader_workers
+        if not isinstance(loaders, int) or isinstance(loaders, bool) or loaders < 0:
+            raise ValueError(f"loader_workers is how many processes read data, 0 for none besides, got {loaders!r}")
+        if self.matmul_precision not in ("highest", "high", "medium"):
+            raise ValueError(f"matmul_precision is 'highest', 'high' or 'medium', got {self.matmul_precision!r}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -265,6 +272,8 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a run: ``weights.safetensors``, ``run.yaml`` and ``history.csv``.
 
+    Of several processes that train together the first one writes, and the others do nothing here.
+
     Nothing is pickled. Objects whose constructor's arguments can't be read back from their attributes are noted in
     ``run.yaml``; :func:`load` then asks for them. An option that can't be written, such as a lambda for a schedule, is
     noted too, and comes back as its default.
@@ -277,6 +286,8 @@ def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     Raises:
         OutputExistsError: If the folder holds something and ``overwrite`` is not set, or something that is no run.
     """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+        return Path(folder)
     folder = prepare_folder(folder, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

@@ -2,16 +2,14 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import pyro
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.loggers import Logger, TensorBoardLogger
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,10 +17,11 @@ from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
-from pyrogen.inference.loop import CHECKPOINT, Training
+from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import Objective
+from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.programs import as_module, describe_example, modules_of
-from pyrogen.inference.run import CriticOptions, FitOptions, Run, clear_folder, prepare_folder
+from pyrogen.inference.run import CriticOptions, FitOptions, Run, prepare_folder
 
 __all__ = ["fit"]
 
@@ -54,8 +53,19 @@ def fit(
     critic: CriticOptions | None = None,
     average: float | None = None,
     compile: bool | Literal["auto"] = False,
+    loader_workers: int = 0,
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
 ) -> Run:
     """Train a model with its guide.
+
+    Started by ``torchrun --nproc-per-node=4 script.py`` (with ``--nnodes`` for several machines) or by SLURM's ``srun``
+    with ``--ntasks-per-node``, the same script trains on all processes together, each on a device of its own. Each has
+    all of the data and takes other rows of every minibatch, ``batch_size`` of them, so W processes make a step of
+    W · ``batch_size`` rows; consider a higher learning rate. All leave with the same weights and history. Gradients are
+    averaged, weighted by rows, so what is a mean over rows is the mean over all of them, while a loss of another kind,
+    as MMD and Donsker-Varadhan, or batch normalisation, sees the rows of its process. Buffers such as moving averages
+    are the first process's after every step. The first process draws as one alone would, prints, writes and calls back.
+    An error of one is raised in all.
 
     Args:
         model, guide: Programs; plain functions that use ``pyro.module`` as well as modules. They are trained in place
@@ -64,7 +74,7 @@ def fit(
         data: A tensor ``(N, *event_shape)``, a tuple of tensors (given to the programs as ``model(*batch)``), a torch
             ``Dataset`` of these, or what :func:`pyrogen.data.load` returns; only this last has validation data.
         epochs, steps: How long, one of the two.
-        batch_size: Rows of a minibatch.
+        batch_size: Rows of a minibatch, in each process.
         learning_rate: Of Adam, or of ``optimizer``.
         optimizer: Called as ``optimizer(parameters, lr=learning_rate)``; by default a fused Adam.
         schedule: A factor on the learning rate: constant, falling to 0 linearly or as a half cosine, or a callable
@@ -76,14 +86,15 @@ def fit(
         validate_every: Epochs between evaluations of the bound on the validation data.
         patience: Stop when the validation bound has not risen for so many evaluations, and keep the best weights.
         callbacks: Each is called with the run as it stands after every epoch; one that returns ``True`` stops it. What
-            they draw leaves the training as it is.
+            they draw leaves the training as it is. Of several processes the first calls them, and all take the weights
+            and the decision that it then has.
         progress: Show a progress bar with the time left.
         out: A folder for the run, its checkpoints and its logs (TensorBoard and ``history.csv``).
         checkpoint_every: Epochs between checkpoints.
         resume: Go on from the checkpoint in ``out`` where there is one; on the same machine the result is bit for bit
-            that of a training never interrupted. All arguments must be as they were, except how long: larger ``epochs``
-            or ``steps`` go on with a finished run. A schedule then runs over the new length, from the share of it that
-            is done; a learning rate that had fallen rises again.
+            that of a training never interrupted. All arguments must be as they were, and the number of processes, but
+            not how long: larger ``epochs`` or ``steps`` go on with a finished run. A schedule then runs over the new
+            length, from the share of it that is done; a learning rate that had fallen rises again.
         overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
         critic: How the critics are trained, for an objective that has some; see
             :class:`~pyrogen.inference.CriticOptions`.
@@ -92,6 +103,16 @@ def fit(
         compile: Trace the objective once and train by a compiled graph, see :class:`~pyrogen.inference.Compiled`; what
             can't be compiled is trained as it is, with a warning. It takes 5 to 30 seconds, less for a program that was
             compiled before. ``"auto"`` compiles where the steps left would take over a minute and a half without.
+        loader_workers: How many processes read a ``Dataset``, begun anew for each epoch; 0 for the training's own. The
+            order stays. Such data need memory for some batches, and eight bytes for each row. Tensors need no
+            workers: they are put on the device as they are stored, integers as such, and batches become floats there.
+            Those that would take over half of a GPU's free memory stay on the CPU, and a thread brings batches one
+            ahead.
+        matmul_precision: What PyTorch may do to products of 32-bit matrices meanwhile, see
+            ``torch.set_float32_matmul_precision``: ``"high"`` uses TF32 where a GPU has it.
+
+    On a GPU losses are looked at every 50 steps and at the end of an epoch, before anything is written, so that it need
+    not wait after each step.
 
     Returns:
         The run: ``.model``, ``.guide``, ``.objective``, ``.history``, ...
@@ -128,6 +149,8 @@ def fit(
         critic=CriticOptions() if critic is None else critic,
         average=average,
         compile=compile,
+        loader_workers=loader_workers,
+        matmul_precision=matmul_precision,
     )
     if not isinstance(objective, Objective):
         came = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
@@ -135,43 +158,60 @@ def fit(
             f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
             "pyro.infer.SVI"
         )
-    batches, validation = training_and_validation(data, batch_size, seed)
-    if patience is not None and validation is None:
-        raise ValueError("patience needs validation data; pass what pyrogen.data.load returns, or leave patience out")
     if resume and out is None:
         raise ValueError("resume needs out=, the folder of the run that shall go on")
-    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
-    fabric = _fabric(options, folder)
-    example = _example(model, guide, batches)
-    for part in (batches, validation):
-        if part is not None:
-            check_values(model, part)
-    objective.check_guide(guide)
-    check_programs(model, guide, *example, guided=objective.uses_guide)
-    with seeded(seed, fabric.device):
-        run = Run(
-            model=as_module(model, *example),
-            guide=None if guide is None else as_module(guide, *example),
-            objective=copy.copy(objective),
-            history=pd.DataFrame(),
-            options=options,
-            data=data.source or None if isinstance(data, Data) else None,
-            example=describe_example(tuple(x[:2] for x in example)),
-        )
-        run.objective.step = 0
-        run.objective.critics = copy.deepcopy(objective.critics)
-        run.objective.prepare(run.model, run.guide, *example)
-        _check_options(run)
-        if objective.observations is None:
-            run.objective.observations = len(batches)
-        training = Training(run, batches, validation, fabric, folder, tuple(callbacks))
-        if resume and folder is not None and (folder / CHECKPOINT).exists():
-            training.read_checkpoint(folder / CHECKPOINT)
-        elif folder is not None and overwrite:
-            clear_folder(folder)
+    fabric = connect(device, precision, None if out is None else Path(out))
+    processes = Processes(fabric)
+    folder = None if out is None else Path(out)
+    with processes.together():
+        if folder is not None and processes.first:
+            prepare_folder(folder, overwrite=overwrite, resume=resume)
+        batches, validation = training_and_validation(data, batch_size, seed)
+        batches = dataclasses.replace(batches, rank=processes.rank, ranks=processes.count, workers=loader_workers)
+        if validation is not None:
+            validation = dataclasses.replace(validation, rank=processes.rank, ranks=processes.count)
+        if patience is not None and validation is None:
+            raise ValueError(
+                "patience needs validation data; pass what pyrogen.data.load returns, or leave patience out"
+            )
+        example = _example(model, guide, batches)
+        for part in (batches, validation):
+            if part is not None:
+                check_values(model, part)
+        objective.check_guide(guide)
+        check_programs(model, guide, *example, guided=objective.uses_guide)
+    with seeded(processes.seed(seed), fabric.device), _matmul_precision(matmul_precision):
+        with processes.together():
+            run = Run(
+                model=as_module(model, *example),
+                guide=None if guide is None else as_module(guide, *example),
+                objective=copy.copy(objective),
+                history=pd.DataFrame(),
+                options=options,
+                data=data.source or None if isinstance(data, Data) else None,
+                example=describe_example(tuple(x[:2] for x in example)),
+            )
+            run.objective.step = 0
+            run.objective.critics = copy.deepcopy(objective.critics)
+            run.objective.prepare(run.model, run.guide, *example)
+            _check_options(run)
+            if objective.observations is None:
+                run.objective.observations = len(batches)
+            training = Training(run, batches, validation, fabric, folder, tuple(callbacks))
+        training.begin(resume=resume, overwrite=overwrite)
         with pyro.validation_enabled(False):  # the checks are made, and cost time
             training.go(progress)
     return run
+
+
+@contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _check_options(run: Run) -> None:
@@ -201,19 +241,3 @@ def _example(model: Callable, guide: Callable | None, batches: Batches) -> tuple
             module.to(home.device)
     batches = dataclasses.replace(batches, dtype=home.dtype)
     return tuple(x.to(home.device) for x in batches.first())
-
-
-def _fabric(options: FitOptions, folder: Path | None) -> Fabric:
-    kind, _, index = options.device.partition(":")
-    loggers: list[Logger] = [] if folder is None else [TensorBoardLogger(folder, name="logs", version="")]
-    try:
-        return Fabric(
-            accelerator=kind,
-            devices=[int(index)] if index else 1,
-            precision=options.precision,  # type: ignore[arg-type]
-            loggers=loggers,
-        )
-    except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
-        raise ValueError(
-            f"device={options.device!r} with precision={options.precision!r} can't be used here: {error}"
-        ) from error

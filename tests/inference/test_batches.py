@@ -1,10 +1,15 @@
 """Data of every kind as minibatches."""
 
+import dataclasses
+import threading
+import tracemalloc
+
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 import pyrogen as pg
+from pyrogen.inference import batches as module
 from pyrogen.inference.batches import as_batch, training_and_validation
 
 CPU = torch.device("cpu")
@@ -91,6 +96,27 @@ def test_an_epoch_is_taken_up_in_the_middle_without_any_draw(kind):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("rows", [48, 49, 53, 50])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_share_the_rows_of_each_minibatch(rows, ranks):
+    """Together they see what one with so many times the batch sees; nobody is left without a row."""
+    x = torch.arange(float(rows))
+    whole = [batch for (batch,) in epoch_of(x, size=4 * ranks)]
+    shared = [dataclasses.replace(batches_of(x), rank=rank, ranks=ranks) for rank in range(ranks)]
+    epochs = [[batch for (batch,) in each.epoch(0, CPU)] for each in shared]
+    assert {each.per_epoch for each in shared} == {len(whole)} == {len(epoch) for epoch in epochs}
+    for position, (batch, *parts) in enumerate(zip(whole, *epochs, strict=True)):
+        counts = [each.rows_at(position) for each in shared]
+        assert max(own for own, _ in counts) - min(own for own, _ in counts) <= 1
+        assert [count for _, count in counts] == [len(batch)] * ranks
+        assert [len(part) for part in parts] == [own or 1 for own, _ in counts]
+        assert torch.equal(torch.cat([part[:own] for part, (own, _) in zip(parts, counts, strict=True)]), batch)
+    skipped = [batch for (batch,) in shared[1].epoch(0, CPU, skip=2)]
+    assert all(map(torch.equal, skipped, epochs[1][2:])) and len(skipped) == len(whole) - 2
+    own = torch.cat([batch for each in shared for (batch,) in each.in_order(CPU, 5, own=True)])
+    assert torch.equal(own, x)
+
+
 def test_stored_types_become_floats():
     levels, bits = torch.tensor([[0], [51], [255]], dtype=torch.uint8), torch.tensor([[True], [False]])
     assert torch.equal(epoch_of(levels)[0][0].sort(0).values, torch.tensor([[0.0], [0.2], [1.0]]))
@@ -157,6 +183,95 @@ def dynamic(x):
 def test_bad_data_are_refused(data, error, message):
     with pytest.raises(error, match=message):
         training_and_validation(data, 4, 0)
+
+
+def test_integers_stay_as_they_are_stored_until_a_program_sees_them():
+    x = torch.arange(40, dtype=torch.uint8).reshape(10, 4)
+    batches = batches_of((x, torch.arange(10))).to(CPU, torch.float64)
+    assert isinstance(batches.rows, tuple) and [each.dtype for each in batches.rows] == [torch.uint8, torch.int64]
+    for batch, number in batches.epoch(0, CPU):
+        assert batch.dtype == torch.float64 and number.dtype == torch.int64
+        torch.testing.assert_close(batch, (x.float() / 255).double()[number])
+
+
+def test_tensors_that_a_gpu_has_no_room_for_stay_where_they_are(monkeypatch):
+    rows = (torch.zeros(1000), torch.zeros(1000, dtype=torch.uint8))  # 5000 bytes
+    for free, fits in ((10_000, True), (9999, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        assert module._fits(rows, torch.device("cuda:0")) is fits
+        assert module._fits(rows, CPU)
+
+
+def test_batches_brought_one_ahead_are_the_same(monkeypatch):
+    """Gathered by one other thread, prepared, which may draw, by this one."""
+    data = pg.data.load("digits")
+    threads, before = set(), threading.active_count()
+    original = module.Batches._gathered
+
+    def watched(self, index, device):
+        threads.add(threading.current_thread())
+        return original(self, index, device)
+
+    monkeypatch.setattr(module.Batches, "_gathered", watched)
+    found = []
+    for ahead in (False, True):
+        threads.clear()
+        torch.manual_seed(3)
+        batches = dataclasses.replace(batches_of(data, 200), ahead=ahead)
+        found.append([batch for (batch,) in batches.epoch(1, CPU, skip=1)])
+        assert len(threads) == 1 and (threading.current_thread() in threads) is not ahead
+    assert all(map(torch.equal, *found)) and len(found[0]) == batches.per_epoch - 1
+    begun = batches.epoch(0, CPU)
+    next(begun)
+    begun.close()  # an epoch that is cut short leaves no thread
+    assert threading.active_count() == before
+
+
+class Broken(Single):
+    """A data set that fails at one row."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("row 5 is gone")
+        return super().__getitem__(index)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_that_read_a_data_set_change_nothing():
+    x = torch.randn(10, 3)
+    batches = dataclasses.replace(batches_of(Pairs(x)), workers=2)
+    state = torch.get_rng_state()
+    for (batch, number), (other, other_number) in zip(batches.epoch(0, CPU), epoch_of(Pairs(x)), strict=True):
+        assert torch.equal(batch, other) and torch.equal(number, other_number)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(OSError, match="row 5 is gone"):
+        list(dataclasses.replace(batches_of(Broken(x)), workers=1).epoch(0, CPU))
+
+
+class Endless(Dataset):
+    """Rows that are made when they are read."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.full((4,), float(index))
+
+
+def test_a_data_set_needs_no_memory_for_its_rows():
+    """Of Python's own memory, in which a list of row numbers would take 36 bytes for each."""
+    peaks = []
+    for count in (1000, 10_000, 1_000_000):  # the first time modules are imported
+        batches = batches_of(Endless(count), 64)
+        tracemalloc.start()
+        for (batch,), _ in zip(batches.epoch(0, CPU), range(5), strict=False):
+            assert batch.shape == (64, 4)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 100_000
 
 
 def test_integers_of_unknown_levels_and_odd_items_are_refused():

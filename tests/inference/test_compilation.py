@@ -130,6 +130,28 @@ def test_by_the_compiler(caplog):
     assert 0 < run.compile_seconds < run.seconds and f"compiled in {run.compile_seconds:.1f} s)" in repr(run)
 
 
+def test_equal_gradients_are_clipped_once(traced_only):
+    class Twice(nn.Module):
+        """A decoder two of whose parameters have the same gradient."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 6, bias=False)
+            self.one, self.other = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+
+        def forward(self, z):
+            return self.layer(z) + (self.one + self.other)
+
+    torch.manual_seed(0)
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(Twice()))
+    compiled = Compiled(ELBO()(model, AmortizedGuide(model, nn.Linear(6, 4))))
+    compiled.backward(X)
+    assert compiled.why_not is None
+    parameters = [p for p in compiled.module.parameters() if p.grad is not None]
+    nn.utils.clip_grad_norm_(parameters, 0.1)
+    assert torch.stack([p.grad.norm() for p in parameters]).norm() == pytest.approx(0.1, rel=1e-4)
+
+
 def test_draws_are_fresh_and_follow_the_seed(traced_only):
     compiled = Compiled(ELBO()(*programs()))
     first, second = (float(compiled(X).detach()) for _ in range(2))

@@ -28,6 +28,7 @@ from pyrogen.distributions import (
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide, FitOptions, LinearSchedule, OutputExistsError, Run, fit
 from pyrogen.inference import checkpoints as checkpoints_module
 from pyrogen.inference.checkpoints import load_weights, read_tensors, unique_tensors, write_tensors
+from pyrogen.inference.loop import CHECKPOINT
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 from pyrogen.networks import MLP
 
@@ -125,6 +126,8 @@ def test_objectives_options_and_the_data_set_come_back(tmp_path):
         optimizer=torch.optim.AdamW,
         schedule="cosine",
         patience=3,
+        loader_workers=2,
+        matmul_precision="high",
         progress=False,
         out=tmp_path / "run",
     )
@@ -134,6 +137,24 @@ def test_objectives_options_and_the_data_set_come_back(tmp_path):
     assert loaded.options == run.options and loaded.options.optimizer is torch.optim.AdamW
     assert pg.data.load(**loaded.data).train.equal(data.train)
     assert "Run(model=LatentVariableModel, guide=AmortizedGuide" in repr(loaded)
+
+
+def test_a_run_from_before_there_was_an_option_is_read_and_resumed(tmp_path):
+    """Of the folder of an earlier version that lacks what is new in ``run.yaml`` and in the checkpoint."""
+    torch.manual_seed(1)
+    x = torch.rand(12, *SHAPE) > 0.5
+    model, guide = vae()
+    whole = fitted(model, guide, x, out=tmp_path / "run", epochs=1)
+    path = tmp_path / "run" / "run.yaml"
+    settings = yaml.safe_load(path.read_text())
+    tensors, values = read_tensors(tmp_path / "run" / CHECKPOINT)
+    for name in ("loader_workers", "matmul_precision"):
+        del settings["options"][name]
+    del values["identity"]["options"]["matmul_precision"], values["identity"]["processes"]
+    path.write_text(yaml.safe_dump(settings))
+    write_tensors(tmp_path / "run" / CHECKPOINT, tensors, values)
+    assert load(tmp_path / "run").options == whole.options
+    assert len(fitted(whole.model, whole.guide, x, out=tmp_path / "run", epochs=2, resume=True).history) == 2
 
 
 def test_a_partial_optimizer_comes_back_and_a_lambda_as_the_default(tmp_path):

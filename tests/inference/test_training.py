@@ -16,7 +16,17 @@ from torch import nn
 import pyrogen as pg
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Flow, Normal, NormalLikelihood, StandardNormal
-from pyrogen.inference import ELBO, IWAE, AmortizedGuide, LinearSchedule, NonFiniteLoss, OutputExistsError, Run, fit
+from pyrogen.inference import (
+    ELBO,
+    IWAE,
+    AmortizedGuide,
+    LinearSchedule,
+    NonFiniteLoss,
+    OutputExistsError,
+    Run,
+    fit,
+    loop,
+)
 from pyrogen.inference.checkpoints import read_tensors
 from pyrogen.inference.loop import CHECKPOINT
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
@@ -447,6 +457,88 @@ def test_the_seed_alone_decides(digits):
     assert not any(torch.equal(states[0][n], states[2][n]) for n, p in first.programs.named_parameters())
 
 
+def test_losses_are_looked_at_now_and_then_where_a_look_costs_time(digits, monkeypatch, traced_only):
+    """As on a GPU: the training is the same, and at the end of an epoch no loss is left unseen."""
+    known = short_fit(digits)
+    looks = []
+    original = loop.Training._look
+
+    def looking(self, *arguments):
+        looks.append([each.step for each in self.unseen])
+        original(self, *arguments)
+
+    monkeypatch.setattr(loop.Training, "_look", looking)
+    monkeypatch.setattr(loop, "LOOK_EVERY", {})
+    monkeypatch.setattr(loop, "LOOK_ELSEWHERE", 3)
+    run = short_fit(digits)
+    assert looks == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9, 10], [11], [12, 13, 14], [15]]
+    for name, value in known.programs.state_dict().items():
+        assert torch.equal(value, run.programs.state_dict()[name]), name
+    monkeypatch.setattr(loop, "PAYS_FROM", -1.0)
+    monkeypatch.setattr(loop, "TIMED", 5)
+    traced = short_fit(digits, compile="auto")
+    assert traced.compile_seconds > 0
+
+
+@pytest.mark.parametrize(("every", "origin"), [(1, "log-likelihood of the observed site"), (3, "its figures distor")])
+def test_a_loss_seen_late_is_named_by_its_step(every, origin, digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "LOOK_EVERY", {"cpu": every})
+    original = loop.Training._gradients
+
+    def spoiled(self, batch):
+        with torch.no_grad():  # as the sixth step, the second of the second epoch, finds it
+            for parameter in self.run.model.parameters():
+                parameter.mul_(torch.nan if self.step == 5 else 1.0)
+        return original(self, batch)
+
+    monkeypatch.setattr(loop.Training, "_gradients", spoiled)
+    with pytest.raises(
+        NonFiniteLoss, match=rf"the loss is nan at step 6 \(epoch 2\); it began at .*{origin}"
+    ) as raised:
+        short_fit(digits, out=tmp_path / "run")
+    assert ("device='cpu' names the site" in str(raised.value)) == (every > 1)
+    assert ("for the step before made" in str(raised.value)) == (every == 1)
+    assert pg.load(tmp_path / "run").history["epoch"].tolist() == [1]  # nothing was written after it
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_matrix_products_is_that_of_the_fit_alone(precision, digits):
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    callbacks = [lambda run: seen.append(torch.get_float32_matmul_precision())]
+    run = short_fit(digits, epochs=1, callbacks=callbacks, matmul_precision=precision)
+    assert seen == [precision] and run.options.matmul_precision == precision
+    with pytest.raises(ZeroDivisionError):
+        short_fit(digits, epochs=1, callbacks=[lambda run: 1 / 0], matmul_precision=precision)
+    assert torch.get_float32_matmul_precision() == before
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set of the digits."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_data_set_read_by_other_processes_gives_the_same_run(digits, tmp_path):
+    x = digits.validation
+    tensors, whole, read = (
+        short_fit(data, epochs=2, loader_workers=workers) for data, workers in ((x, 0), (Rows(x), 0), (Rows(x), 2))
+    )
+    for other in (whole, read):
+        assert all(map(torch.equal, tensors.programs.state_dict().values(), other.programs.state_dict().values()))
+    short_fit(Rows(x), epochs=1, out=tmp_path / "run")
+    short_fit(Rows(x), epochs=2, out=tmp_path / "run", resume=True, loader_workers=1)
+    assert pg.load(tmp_path / "run").options.loader_workers == 1
+
+
 class Poisoned(nn.Module):
     """A conditional distribution whose location turns to NaN at the n-th training call."""
 
@@ -633,6 +725,8 @@ def test_flows_train_with_particles(digits):
         ({"optimizer": "adam"}, "optimizer is a callable"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"resume": True}, "resume needs out="),
+        ({"loader_workers": -1}, "loader_workers is how many processes read data"),
+        ({"matmul_precision": "low"}, "matmul_precision is 'highest', 'high' or 'medium'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(bad, message, digits):
