@@ -20,7 +20,7 @@ from pyrogen.experiment import commands
 from pyrogen.experiment.parts import ROLES, Part, describe_part, names
 from pyrogen.experiment.settings import CompareSettings, FitSettings, Settings
 from pyrogen.inference import NonFiniteLoss
-from pyrogen.inference.parallel import environment, is_first
+from pyrogen.inference.parallel import is_first
 
 __all__ = ["main"]
 
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows ``pyrogen``; by default the process's own.
 
     Returns:
-        The exit code: 0; 1 if training diverged or a program of the user's own failed; 2 for bad input, with one line
-        on stderr; 130 after Ctrl-C.
+        The exit code: 0; 1 if training diverged, or a fit of workers or a program of the user's own failed; 2 for bad
+        input, with one line on stderr; 130 after Ctrl-C.
     """
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads has enough, as in pyrogen ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, ChildProcessError) as error:
         return _fail(error, 1)
     except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError) as error:
         if _in_users_file(error):
@@ -125,11 +125,6 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"{error}{_nearest_flag(str(error), arguments)}") from error
     command = values.subcommand
     settings = _settings(values[command], COMMANDS[command][0], options)
-    if command == "compare" and environment() is not None:
-        raise ValueError(
-            "pyrogen compare runs in one process, and torchrun or SLURM has started several; only pyrogen fit trains "
-            "on all of them together"
-        )
     if command != "fit" and not is_first():
         return 0
     match command:
@@ -137,6 +132,9 @@ def _run(arguments: list[str]) -> int:
             table, folder = commands.run_compare(*settings)
             print(table)
             print(f"Written to {folder}")
+            if failed := getattr(table, "failed", {}):
+                several = f"{len(failed)} of {len(failed) + len(table)} fits failed: {', '.join(failed)}"
+                return _fail(f"{several}; --resume with the same --out tries again", 1)
         case "fit":
             run, folder = commands.run_fit(*settings)
             if is_first():

@@ -256,6 +256,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
             overwrite=output.overwrite,
             progress=output.progress,
             configuration=settings.plain(),
+            workers=settings.workers,
             **settings.training(),
         )
     return table, folder

@@ -1,12 +1,13 @@
 """The main job: fit several guides to one model on the same data, evaluate each the same way, and put it in a table."""
 
 import copy
+import dataclasses
 import functools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,23 +23,24 @@ from torch.utils.data import Dataset
 from pyrogen.configuration import describe
 from pyrogen.data import Data
 from pyrogen.distributions.implicit import NoDensityError
-from pyrogen.evaluation import evaluate
 from pyrogen.evaluation.parts import DEFAULT, known_parts
 from pyrogen.experiment.artifacts import write_artifacts
+from pyrogen.experiment.fits import FIGURES, Common, PreparedFit, fitted, perform_fit, read_fit, step_in, trial_of
 from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.programs import amortized_guide, independent_copy
-from pyrogen.experiment.table import Comparison, row_of, slug, steps_of
-from pyrogen.inference import AmortizedGuide, CriticOptions, FitOptions, NonFiniteLoss, Objective, Run, fit
-from pyrogen.inference.batches import Batches, fingerprint, training_and_validation
+from pyrogen.experiment.table import Comparison, row_of, slug
+from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, perform_all, prepared_job
+from pyrogen.inference import CriticOptions, FitOptions, NonFiniteLoss, Objective, Run
+from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.checks import check_programs, check_values
 from pyrogen.inference.critic_objective import CriticObjective
-from pyrogen.inference.run import clear_folder, prepare_folder, write_yaml
+from pyrogen.inference.parallel import environment
+from pyrogen.inference.run import clear_folder, prepare_folder
 
-__all__ = ["CONFIGURATION", "FIGURES", "compare"]
+__all__ = ["CONFIGURATION", "compare"]
 
 CONFIGURATION = "compare.yaml"
-FIGURES = "figures.yaml"
 
 
 def compare(
@@ -60,6 +62,7 @@ def compare(
     critic: CriticOptions | None = None,
     average: float | None = None,
     compile: bool | Literal["auto"] = False,
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
     parts: Sequence[str] | str = DEFAULT,
     particles: int = 1000,
     skip_unserved: bool = False,
@@ -68,6 +71,7 @@ def compare(
     resume: bool = False,
     progress: bool = True,
     configuration: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> Comparison:
     """Fit several guides to one model and compare them.
 
@@ -85,7 +89,8 @@ def compare(
         test: Rows for the evaluation, a tensor or a tuple of tensors; by default the test split where data have one,
             otherwise the training data, which the table then says.
         epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision, critic, average,
-            compile: As for :func:`pyrogen.fit`.
+            compile, matmul_precision: As for :func:`pyrogen.fit`; with ``compile=True`` figures come from compiled
+            graphs too, as with ``pyrogen.evaluate(compile=True)``.
         parts: Which parts of :func:`pyrogen.evaluate`; ``"all"`` for all. Samples of labelled images are compared by
             the features of a classifier that is trained for it.
         particles: Draws for each test row, for the log-likelihood.
@@ -98,15 +103,23 @@ def compare(
         resume: Go on with the one in ``out``: complete fits are read, a started one goes on from its checkpoint.
         progress: Show one progress bar with the time left.
         configuration: What ``compare.yaml`` shall hold; by default a description of the arguments.
+        workers: Fit and evaluate in so many processes of this machine at once, or with ``"ray"`` on the Ray cluster
+            that is joined, at hand or else started here for the time. Each process has the cores of the machine
+            divided by their number for threads, at least one, and never more than torch has here; a job of Ray's has
+            the cluster's divided by the number of fits, and a GPU where there are some and ``device`` allows. Figures
+            are those of fits one after the other on as many threads. A fit that fails, or whose process is killed, is
+            tried once more from its last checkpoint, and then left out and named under the table, with why. A Ray
+            cluster's machines need the same pyrogen and torch; results come back from those that can't see ``out``.
 
     Returns:
         A table with a row for each guide, in nats per observation where nothing else is said; its ``.runs`` holds the
-        fits by name.
+        fits by name, on the CPU where workers fitted them, and its ``.failed`` the fits that failed, and why.
 
     Raises:
         ValueError: Before any training, for anything that does not fit; if ``resume`` finds another comparison.
         OutputExistsError: If ``out`` holds something and neither ``overwrite`` nor ``resume`` was given.
-        NonFiniteLoss: If a loss is NaN or infinite, with the name of the fit.
+        NonFiniteLoss: If a loss is NaN or infinite, with the name of the fit; with workers, only if every fit failed.
+        ChildProcessError: If no fit is done and a worker's process was killed twice.
 
     Example:
         >>> import pyrogen as pg
@@ -133,7 +146,14 @@ def compare(
         critic=critic or CriticOptions(),
         average=average,
         compile=compile,
+        matmul_precision=matmul_precision,
     )
+    check_workers(workers)
+    if environment() is not None:
+        raise ValueError(
+            "a comparison is made in one process, and torchrun or SLURM has started several; only fit trains on all of "
+            "them together. Start one process, with workers= for more"
+        )
     batches, _ = training_and_validation(data, batch_size, seed)
     known_parts(parts)
     rows, source = _test_rows(data, test)
@@ -141,55 +161,83 @@ def compare(
     if configuration is None:
         configuration = _describe(model, fits, options, data, particles, parts)
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
-    if folder is not None:
-        _write_configuration(folder, configuration, resume=resume, clear=overwrite and not resume)
-    work = _Work(fits, options, batches, rows, particles, writes=folder is not None)
-    table_rows, runs = [], {}
-    with work.bar(progress):
-        space = functools.cache(lambda: compared_in(data, parts, seed))
-        for each in fits:
-            run = runs[each.name] = _train(each, data, options, folder, resume, work)
-            path = None if folder is None else folder / each.slug / FIGURES
-            known = _known_figures(path, run, rows) if resume else None
-            if known is None:
-                known = evaluate(run, rows, parts=parts, particles=particles, seed=seed, **space()).to_dict()
-                _keep_figures(path, run, rows, known)
-            work.evaluated(each)
-            table_rows.append(row_of(run, known))
+    work = _Work(fits, options, batches, rows, particles, writes=folder is not None, together=workers is not None)
+    common = Common(data, rows, options, parts, particles, functools.partial(compared_in, data, parts, seed))
+    with ExitStack() as stack:
+        if workers is not None:
+            base = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyrogen-")))
+            jobs = _jobs(fits, base.resolve(), resume=resume)
+        if folder is not None:
+            _write_configuration(folder, configuration, resume=resume, clear=overwrite and not resume)
+        stack.enter_context(work.bar(progress))
+        if workers is None:
+            table_rows, runs, failed = _fit_here(fits, common, folder, resume, work)
+        else:
+            table_rows, runs, failed = _fit_elsewhere(fits, common, jobs, workers, work)
         table = Comparison.of(table_rows, runs, source, left_out)
+        if failed:
+            table.failed = failed
         if folder is not None:
             write_artifacts(folder, table, rows, data, seed)
         work.written()
     return table
 
 
-def _keep_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...], figures: dict[str, Any]) -> None:
-    """Keep what was found of a fit, so that a comparison that is cut short does not look for it again."""
-    if path is not None:
-        write_yaml(path, {"steps": steps_of(run), "rows": fingerprint(rows), "figures": figures})
+def _fit_here(
+    fits: list[PreparedFit], common: Common, folder: Path | None, resume: bool, work: "_Work"
+) -> tuple[list[dict[str, Any]], dict[str, Run], dict[str, str]]:
+    """Rows and runs of the fits, made one after the other, of which none may fail."""
+    common = dataclasses.replace(common, space=functools.cache(common.space))
+    rows, runs = [], {}
+    for each in fits:
+        own = None if folder is None else folder / each.slug
+        runs[each.name], figures = fitted(each, common, own, resume, functools.partial(work.trained, each))
+        work.evaluated(each)
+        rows.append(row_of(runs[each.name], figures))
+    return rows, runs, {}
 
 
-def _known_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...]) -> dict[str, Any] | None:
-    """What was found of a fit in this state on these rows; None where nothing was, or it can't be read."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
-        same = known["steps"] == steps_of(run) and known["rows"] == fingerprint(rows)
-        return known["figures"] if same else None
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-        return None
+def _jobs(fits: list[PreparedFit], base: Path, *, resume: bool) -> dict[str, Job]:
+    return {e.name: prepared_job(e.name, functools.partial(perform_fit, e), base / e.slug, resume=resume) for e in fits}
 
 
-@dataclass
-class _Fit:
-    """One guide with its own copy of the model, ready to be trained."""
+def _fit_elsewhere(
+    fits: list[PreparedFit], common: Common, jobs: Mapping[str, Job], workers: Workers, work: "_Work"
+) -> tuple[list[dict[str, Any]], dict[str, Run], dict[str, str]]:
+    """Rows and runs of the fits that workers made, and why the others failed."""
+    space = common.space
+    if not all(job.resume and (job.folder / FIGURES).is_file() for job in jobs.values()):
+        space = functools.partial(dict, space())  # so that not every worker has to look for it
+    sent = dataclasses.replace(common, space=space)
+    by_name = {each.name: each for each in fits}
+    outcomes: dict[str, Outcome] = {}
 
-    name: str
-    slug: str
-    model: Callable
-    guide: AmortizedGuide | None
-    objective: Objective
+    def watch(names: list[str]) -> None:
+        for name in names:
+            work.trained(by_name[name], step_in(jobs[name].folder))
+
+    # Closed whatever comes, so that no worker outlives it.
+    with closing(perform_all(jobs, sent, workers, common.options.device, watch)) as ending:
+        for name, outcome in ending:
+            outcomes[name] = outcome
+            work.evaluated(by_name[name])
+    errors = {each.name: outcomes[each.name].error for each in fits}
+    failed = {name: error for name, error in errors.items() if error is not None}
+    if len(failed) == len(fits):
+        raise next(iter(failed.values()))
+    rows, runs = [], {}
+    for each in fits:
+        if each.name not in failed:
+            done = outcomes[each.name].result
+            rows.append(done["row"])
+            runs[each.name] = read_fit(each, jobs[each.name].folder, common.options, done["objective"])
+    return rows, runs, {name: _reason(name, error) for name, error in failed.items()}
+
+
+def _reason(name: str, error: Exception) -> str:
+    # Pyro adds the shapes of a trace below.
+    text = next(iter(str(error).removeprefix(f"{name}: ").splitlines()), "")
+    return text if isinstance(error, (NonFiniteLoss, ChildProcessError)) else f"{type(error).__name__}: {text}"
 
 
 def _prepare(
@@ -199,7 +247,7 @@ def _prepare(
     batches: Batches,
     seed: int,
     skip_unserved: bool,
-) -> tuple[list[_Fit], dict[str, str]]:
+) -> tuple[list[PreparedFit], dict[str, str]]:
     """Build and check every fit, so that whatever is wrong shows before any training."""
     if not isinstance(guides, Mapping) or not guides:
         raise ValueError('expected guides as a mapping with at least one entry, such as {"flow": (Flow, ELBO())}')
@@ -219,13 +267,13 @@ def _prepare(
             objective.check_guide(guide)
             check_programs(own, guide, *example, guided=objective.uses_guide)
             try:
-                _trial(objective).prepare(own, guide, *example)
+                trial_of(objective).prepare(own, guide, *example)
             except NoDensityError as error:
                 if not skip_unserved:
                     raise NoDensityError(f"{name}: {error}") from error
                 left_out[name] = str(error)
                 continue
-        fits.append(_Fit(name, slug(name), own, guide, copy.copy(objective)))
+        fits.append(PreparedFit(name, slug(name), own, guide, copy.copy(objective)))
     if not fits:
         raise ValueError(f"no objective serves any of the guides: {'; '.join(left_out.values())}")
     slugs = [each.slug for each in fits]
@@ -233,13 +281,6 @@ def _prepare(
         if slugs.count(each.slug) > 1:
             raise ValueError(f"two guides have names that give the folder '{each.slug}'; name one of them otherwise")
     return fits, left_out
-
-
-def _trial(objective: Objective) -> Objective:
-    """A copy to be tried out, whose critics are its own."""
-    trial = copy.copy(objective)
-    trial.critics = copy.deepcopy(objective.critics)
-    return trial
 
 
 def _test_rows(data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
@@ -253,51 +294,21 @@ def _test_rows(data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
     return ((data,) if isinstance(data, Tensor) else tuple(data)), "rows of the training data itself"
 
 
-def _train(each: _Fit, data: Any, options: FitOptions, folder: Path | None, resume: bool, work: "_Work") -> Run:
-    # The seed also stands for parameters that a plain function makes only when it first runs.
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
-        try:
-            return fit(
-                each.model,
-                each.guide,
-                each.objective,
-                data,
-                epochs=options.epochs,
-                steps=options.steps,
-                batch_size=options.batch_size,
-                learning_rate=options.learning_rate,
-                schedule=options.schedule,  # type: ignore[arg-type]
-                gradient_clip=options.gradient_clip,
-                seed=options.seed,
-                device=options.device,
-                precision=options.precision,
-                critic=options.critic,
-                average=options.average,
-                compile=options.compile,
-                callbacks=(lambda run: work.trained(each, int(run.history["step"].iloc[-1])),),
-                progress=False,
-                out=None if folder is None else folder / each.slug,
-                resume=resume,
-            )
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"{each.name}: {error}") from error
-
-
 class _Work:
     """How much is to be done, in seconds guessed from one forward pass of each fit, and a progress bar for it."""
 
     def __init__(
         self,
-        fits: list[_Fit],
+        fits: list[PreparedFit],
         options: FitOptions,
         batches: Batches,
         rows: tuple[Tensor, ...],
         particles: int,
         *,
         writes: bool,
+        together: bool,
     ) -> None:
-        self.names = [each.name for each in fits]
+        self.names, self.together, self.ended = [each.name for each in fits], together, 0
         self.steps = options.steps or (options.epochs or 0) * batches.per_epoch
         batch = batches.first(min(options.batch_size, len(batches)))
         self.of_step: dict[str, float] = {}
@@ -330,17 +341,20 @@ class _Work:
             yield
 
     def _title(self, position: int, doing: str = "training") -> str:
+        if self.together:
+            return f"{self.ended} of {len(self.names)} fits done"
         return f"{position + 1}/{len(self.names)} {self.names[position]}: {doing}"
 
-    def trained(self, each: _Fit, step: int) -> None:
+    def trained(self, each: PreparedFit, step: int) -> None:
         """A fit stands at a step."""
         self.done[each.name] = self.of_step[each.name] * step
         self._show(self._title(self.names.index(each.name), "evaluating" if step == self.steps else "training"))
 
-    def evaluated(self, each: _Fit) -> None:
-        """A fit is done and evaluated."""
+    def evaluated(self, each: PreparedFit) -> None:
+        """A fit is done and evaluated, or will not be."""
+        self.ended += 1
         self.done[each.name] = self.of_step[each.name] * self.steps + self.of_evaluation[each.name]
-        following = self.names.index(each.name) + 1
+        following = self.ended if self.together else self.names.index(each.name) + 1
         self._show(self._title(following) if following < len(self.names) else "writing figures and posteriors")
 
     def written(self) -> None:
@@ -351,12 +365,12 @@ class _Work:
         self.shown.update(self.task, completed=sum(self.done.values()), description=title)
 
 
-def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
+def _seconds_of(each: PreparedFit, batch: tuple[Tensor, ...]) -> float:
     """The time of a forward pass on a batch, on the CPU; nothing changes by it."""
     for program in (each.model, each.guide):
         if isinstance(program, nn.Module):
             program.eval()
-    best, objective = math.inf, _trial(each.objective)
+    best, objective = math.inf, trial_of(each.objective)
     with (
         torch.no_grad(),
         pyro.validation_enabled(False),
@@ -371,7 +385,7 @@ def _seconds_of(each: _Fit, batch: tuple[Tensor, ...]) -> float:
 
 
 def _describe(
-    model: Callable, fits: list[_Fit], options: FitOptions, data: Any, particles: int, parts: Sequence[str] | str
+    model: Callable, fits: list[PreparedFit], options: FitOptions, data: Any, particles: int, parts: Sequence[str] | str
 ) -> dict[str, Any]:
     """The arguments as plain values; what can't be described is noted."""
 

@@ -64,6 +64,8 @@ class Settings:
         precision: Such as 32-true, bf16-mixed, 64-true.
         compile: Trace the objective once and train by a compiled graph: true, false, or auto, where what is left of a
             training would take over a minute and a half without. Compiling takes 5 to 30 seconds.
+        matmul_precision: What PyTorch may do to products of 32-bit matrices in training: highest, or high, which is
+            TF32 where a GPU has it, or medium.
         threads: How many threads a tensor operation gets on the CPU. By default one where an observation has at most
             256 values: more gain little there, and wait for each other on a busy machine. Otherwise torch's own number.
     """
@@ -93,6 +95,7 @@ class Settings:
     device: str = "auto"
     precision: str = "32-true"
     compile: bool | Literal["auto"] = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -127,7 +130,7 @@ class Settings:
             steps=self.critic_steps,
             warmup=self.critic_warmup,
         )
-        values = {name: getattr(self, name) for name in (*names, "average", "compile")}
+        values = {name: getattr(self, name) for name in (*names, "average", "compile", "matmul_precision")}
         return {"epochs": epochs, "critic": critic} | values
 
     def load_data(self) -> Data:
@@ -225,17 +228,14 @@ class FitSettings(Settings):
         objective: What is minimised: ELBO, IWAE, Renyi, ...
         patience: Stop when the bound on the validation data has not risen for so many epochs, and keep the best
             weights.
-        matmul_precision: What PyTorch may do to products of 32-bit matrices in training: highest, or high, which is
-            TF32 where a GPU has it, or medium.
     """
 
     family: Part = field(default_factory=lambda: Part("Normal"))
     objective: Part = field(default_factory=lambda: Part("ELBO"))
     patience: int | None = None
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
     def training(self) -> dict[str, Any]:
-        return super().training() | {"patience": self.patience, "matmul_precision": self.matmul_precision}
+        return super().training() | {"patience": self.patience}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +249,8 @@ class CompareSettings(Settings):
         parts: Which parts of the evaluation, by name, or all; see pyrogen evaluate --help.
         particles: Draws for each test observation, for the log-likelihood.
         test_rows: Evaluate on the first so many rows of the test data; by default on all.
+        workers: Fit in so many processes at once, which share the cores, or on a Ray cluster: ray. The figures are
+            those of fits one after the other, on as many threads.
     """
 
     guides: list[Part] = field(
@@ -258,6 +260,11 @@ class CompareSettings(Settings):
     parts: list[str] = field(default_factory=lambda: [*DEFAULT])
     particles: int = 1000
     test_rows: int | None = None
+    workers: int | Literal["ray"] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        # Where fits are made is no part of what is compared: another number of workers may go on with them.
+        return {name: value for name, value in super().plain().items() if name != "workers"}
 
     def build_guides(self) -> dict[str, tuple[Callable | None, Objective]]:
         """Every family with every objective, by name.

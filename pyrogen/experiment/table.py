@@ -226,12 +226,14 @@ class Comparison(pd.DataFrame):
         runs: The fits by name.
         evaluated_on: What the figures were computed on.
         left_out: What was not fitted, by name, and why.
+        failed: The fits of workers that failed, by name, and why.
     """
 
-    _metadata = ["runs", "evaluated_on", "left_out"]  # noqa: RUF012  pandas' own way to keep attributes
+    _metadata = ["runs", "evaluated_on", "left_out", "failed"]  # noqa: RUF012  pandas' own way to keep attributes
     runs: dict[str, Run]
     evaluated_on: str
     left_out: dict[str, str]
+    failed: dict[str, str]
 
     @classmethod
     def of(
@@ -246,7 +248,8 @@ class Comparison(pd.DataFrame):
         pairs = ((name, column.error) for name, column in COLUMNS.items())
         shown = [name for pair in pairs for name in pair if name in table.columns]
         table = table[shown + [name for name in table.columns if name not in shown]]
-        table.runs, table.evaluated_on, table.left_out = runs, evaluated_on, left_out or {}
+        table.runs, table.evaluated_on = runs, evaluated_on
+        table.left_out, table.failed = left_out or {}, {}
         return table
 
     @property
@@ -369,6 +372,8 @@ class Comparison(pd.DataFrame):
             note += f" Marginal KL and total correlation are up to {most:.2f} too large, for want of more rows."
         if left_out := getattr(self, "left_out", {}):
             note += f" Left out, for want of a density that the objective needs: {', '.join(left_out)}."
+        for name, reason in getattr(self, "failed", {}).items():
+            note += f"\nFailed: {name} ({reason})."
         if any(self._has(name) for name in _ESTIMATES):
             note += (
                 '\nEstimates are what critics report, and bound nothing; "> x" where critics are no longer within 10 % '

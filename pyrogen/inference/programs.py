@@ -396,7 +396,7 @@ def bare(constraint: Any) -> Any:
 
 def is_real(support: constraints.Constraint) -> bool:
     """Whether a support is the whole space, so that no map is needed."""
-    return bare(support) is constraints.real
+    return isinstance(bare(support), type(constraints.real))  # a copy or an unpickled one is another object
 
 
 def describe_example(batch: Sequence[Tensor]) -> list[dict[str, Any]]:

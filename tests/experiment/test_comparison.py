@@ -172,7 +172,7 @@ def test_bad_input_leaves_a_folder_alone_even_with_overwrite(finished, model, di
 def test_resume_reads_complete_fits_and_goes_on_with_the_others(model, digits, tmp_path, monkeypatch):
     whole = pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=tmp_path / "whole", **TINY)
     stopped = tmp_path / "stopped"
-    fit, fitted = pg.experiment.comparison.fit, []
+    fit, fitted = pg.experiment.fits.fit, []
 
     def interrupted(*arguments, **options):
         fitted.append(options["out"].name)
@@ -180,18 +180,18 @@ def test_resume_reads_complete_fits_and_goes_on_with_the_others(model, digits, t
             raise KeyboardInterrupt
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(pg.experiment.comparison, "fit", interrupted)
+    monkeypatch.setattr(pg.experiment.fits, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=stopped, **TINY)
-    monkeypatch.setattr(pg.experiment.comparison, "fit", fit)
+    monkeypatch.setattr(pg.experiment.fits, "fit", fit)
     weights = (stopped / "mean-field" / "weights.safetensors").read_bytes()
-    evaluate, evaluated = pg.experiment.comparison.evaluate, []
+    evaluate, evaluated = pg.experiment.fits.evaluate, []
 
     def counted(run, *arguments, **options):
         evaluated.append(run)
         return evaluate(run, *arguments, **options)
 
-    monkeypatch.setattr(pg.experiment.comparison, "evaluate", counted)
+    monkeypatch.setattr(pg.experiment.fits, "evaluate", counted)
     table = pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, out=stopped, resume=True, **TINY)
     assert evaluated == [table.runs["flow"]]
     assert fitted == ["mean-field", "flow"]

@@ -1,5 +1,6 @@
 """AmortizedGuide for programs of every shape: plates, supports, global sites, several sites, families."""
 
+import copy
 from functools import partial
 
 import pyro
@@ -410,3 +411,15 @@ class TestErrors:
         guide = AmortizedGuide(two_sites, nn.Identity(), {"z1": Normal(3, context=2)})
         with pytest.raises(ValueError, match=r"'z1' has event shape \(3,\), expected \(2,\)"):
             guide(torch.zeros(4, 2))
+
+
+def test_a_copied_guide_is_trained_by_the_same_estimate():
+    # A copied support is another object; the closed form must not give way to draws for that.
+    torch.manual_seed(0)
+    model = LatentVariableModel(StandardNormal(2), NormalLikelihood(MLP(2, 3, hidden=(4,))))
+    guide, x = AmortizedGuide(model, MLP(3, 8, hidden=(4,))), torch.randn(5, 3)
+    losses = []
+    for each in (guide, copy.deepcopy(guide)):
+        torch.manual_seed(1)
+        losses.append(ELBO()(model, each)(x).item())
+    assert losses[0] == losses[1]

@@ -378,7 +378,7 @@ def test_the_command_prints_and_writes_once(together):
 
 def test_a_comparison_is_refused(together):
     _, results, _, _, err = together
-    assert [each["compare"] for each in results] == [2, 2] and err.count("compare runs in one process") == 1
+    assert [each["compare"] for each in results] == [2, 2] and err.count("a comparison is made in one process") == 1
 
 
 def test_a_process_may_fit_alone(together):
