@@ -12,6 +12,7 @@ the first round's, from an empty cache; for a hand-written loss, what its first 
 - The loss is the last epoch's mean, without the critics', to show that all do the same work; on MLPs seeds differ by 30
   nats, so fast does it fall. Pyro's ``RenyiELBO`` weighs particles for a whole batch at once, Pythae's IWAE shows
   another sum of the same weights, and its flow does not look at the image. A GAN's loss says little.
+- ``SVI`` runs as Pyro has it, with its validation on; ``fit`` has checked programs before and turns that off.
 - Pyro has no objective with a critic, Pythae no AVB and no WGAN-GP, Pixyz as a ready model only the VAE.
 - "hand-written, compiled" is ``torch.compile`` of the loss at its defaults, without CUDA graphs, and a fused Adam.
 - AVB has pyrogen's 8 particles and 32 draws for moments; "avb-plain" has one particle and no adaptive contrast. A step

@@ -138,7 +138,7 @@ def annealing(
         held: Values of global latent sites, by name: the log-likelihood is given these.
         seed: Of all draws; the caller's random state is left as it was.
         rows: How many chains are run at once; memory is bounded by it.
-        compile: Trace the model's densities and their gradients once and run a compiled graph, which takes some 20
+        compile: Trace the model's densities and their gradients once and run a compiled graph, which takes 5 to 30
             seconds and gives the same up to rounding. What can't be traced runs as it is, with a warning.
 
     Returns:

@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrogen.inference.checkpoints import seeded
@@ -21,6 +22,8 @@ __all__ = ["Compiled"]
 
 MOST = 8
 """How many graphs are compiled, of batches of different sizes for the most part; further ones run as they are."""
+LATER = 1000
+"""Steps by which the program is ahead of its graph when the two are compared."""
 TOLERANCE: dict[torch.dtype | None, float] = {torch.bfloat16: 0.2, torch.float16: 0.2}
 """How far compiled gradients may be from those of the program itself, as a share of their norm; else 0.01."""
 
@@ -97,33 +100,31 @@ class Compiled:
 
     def _filled(self, which: str, batch: tuple[Tensor, ...]) -> Estimate:
         graph = self._graph(which, batch)
+        for parameter in self._root(which).parameters():
+            parameter.grad = None
         if graph is None:
-            for parameter in self._trained(which):
-                parameter.grad = None
             getattr(self.module, which)(*batch).backward()
         else:
             given: set[int] = set()
             for parameter, gradient in zip(graph.trained, self._run(graph, batch)[1], strict=True):
-                # Equal gradients are one tensor, and whoever scales them in place would scale them twice.
-                if gradient is not None:
-                    gradient = gradient.clone() if gradient.data_ptr() in given else gradient
-                    given.add(gradient.data_ptr())
-                parameter.grad = gradient
+                parameter.grad = None if gradient is None else _own(gradient, parameter, given)
         return self.module.latest  # type: ignore[return-value]
 
     def _run(self, graph: _Graph, batch: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
-        objective = self.module.elbo
+        objective, learns = self.module.elbo, torch.is_grad_enabled()
         with torch.no_grad():
             loss, *found = graph.run(*batch, *_tensors(objective.scheduled(), graph.trained[0]), *graph.state)
         if graph.which == "forward":
             share = found.pop(0) if graph.has_share else None
             self.module.latest = Estimate(loss, dict(zip(graph.metrics, found, strict=False)), None, share)
-            objective.step += 1
+            objective.step += learns
         return loss, found[len(graph.metrics) :]
 
     def _trained(self, which: str) -> list[nn.Parameter]:
-        root = self.module.critics if which == "critic_loss" else self._whole
-        return [p for p in root.parameters() if p.requires_grad]
+        return [p for p in self._root(which).parameters() if p.requires_grad]
+
+    def _root(self, which: str) -> nn.Module:
+        return self.module.critics if which == "critic_loss" else self._whole
 
     def _graph(self, which: str, batch: tuple[Tensor, ...]) -> _Graph | None:
         """The graph for such a batch, compiled if need be; None where there is none."""
@@ -141,10 +142,11 @@ class Compiled:
         objective = self.module.elbo
         return (
             which,
-            *((x.shape, x.dtype, x.device) for x in batch),
+            *((x.shape, x.stride(), x.dtype, x.device) for x in batch),
             _autocast(batch[0].device),
             *(part.training for part in self._modules),
             *(p.requires_grad for p in self._parameters),
+            *(id(buffer) for part in self._modules for buffer in part._buffers.values()),
             *(v for name, v in vars(objective).items() if name != "step" and isinstance(v, (int, float, str))),
             *(value == 0.0 for value in objective.scheduled().values()),
         )
@@ -190,6 +192,12 @@ class Compiled:
         # Validation looks at values.
         with self._as_found(batch[0].device), pyro.validation_enabled(False):
             graph = make_fx(step, tracing_mode="real")(*inputs)
+            if {id(x) for x in self._whole.buffers()} != {id(x) for x in state[len(self._parameters) :]}:
+                raise ValueError(
+                    "it puts new tensors in place of buffers; write into them, as self.mean.copy_(...) does"
+                )
+        if any(parameter.requires_grad for parameter in graph.parameters()):
+            raise ValueError("it uses parameters that belong to no module which model, guide or a function refers to")
         known = {id(parameter) for parameter in self._parameters}
         if strange := sorted(name for name, p in self.module._store["params"].items() if id(p) not in known):
             raise ValueError(
@@ -200,7 +208,9 @@ class Compiled:
 
     def _check(self, graph: _Graph, batch: tuple[Tensor, ...]) -> None:
         """Raise a ``ValueError`` if the graph's gradients are not those of the program."""
-        with self._as_found(batch[0].device), torch.enable_grad():
+        objective = self.module.elbo
+        with self._as_found(batch[0].device), torch.enable_grad(), objective.held(objective.scheduled()):
+            objective.step += LATER  # beside its schedules nothing may follow it
             loss = getattr(self.module, graph.which)(*batch)
             known = torch.autograd.grad(loss, graph.trained, allow_unused=True, materialize_grads=True)
         with self._as_found(batch[0].device):
@@ -223,15 +233,28 @@ class Compiled:
     def _as_found(self, device: torch.device) -> Iterator[None]:
         """Within, the objective runs and leaves no mark: random state, buffers, number of the step."""
         objective, latest = self.module.elbo, self.module.latest
-        step, buffers = objective.step, [(buffer, buffer.clone()) for buffer in self._whole.buffers()]
+        step = objective.step
+        named = [(part, name, buffer) for part in self._modules for name, buffer in part._buffers.items()]
+        values = [None if buffer is None else buffer.clone() for _, _, buffer in named]
         try:
             with seeded(None, device):
                 yield
         finally:
             objective.step, self.module.latest = step, latest
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for (part, name, buffer), value in zip(named, values, strict=True):
+                    part._buffers[name] = buffer
+                    if buffer is not None and value is not None:
+                        buffer.copy_(value)
+
+
+def _own(gradient: Tensor, parameter: Tensor, given: set[int]) -> Tensor:
+    """A gradient laid out as its parameter, as optimizers expect, in memory that no other one has."""
+    storage = gradient.untyped_storage().data_ptr()
+    if gradient.stride() != parameter.stride() or storage in given:
+        return torch.empty_like(parameter).copy_(gradient)
+    given.add(storage)
+    return gradient
 
 
 class _Known(torch.autograd.Function):
@@ -243,6 +266,7 @@ class _Known(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         return None, None, *(None if g is None else g * outputs[0] for g in ctx.gradients)
 

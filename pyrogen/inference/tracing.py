@@ -46,9 +46,17 @@ class Traced:
         self._state = [*whole.parameters(), *whole.buffers()]
         self._graphs: dict[Any, Any] = {}
 
-    def __call__(self, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
-        """What the function makes of the inputs; called again with inputs of these shapes it shall be the same one."""
-        key = tuple((x.shape, x.dtype, x.device) for x in inputs)
+    def __call__(
+        self, function: Callable[..., Sequence[Tensor]], *inputs: Tensor, kind: Any = None
+    ) -> Sequence[Tensor]:
+        """What the function makes of the inputs.
+
+        Args:
+            function: Always the same one for inputs of the same shapes and the same ``kind``.
+            inputs: Of which the first says on which device random numbers are drawn.
+            kind: By which functions are told apart.
+        """
+        key = kind, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
         self._calls[key] += 1
         if self._compiles and key not in self._graphs and self._calls[key] > UNCOMPILED:
             try:

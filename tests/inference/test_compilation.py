@@ -152,6 +152,112 @@ def test_equal_gradients_are_clipped_once(traced_only):
     assert torch.stack([p.grad.norm() for p in parameters]).norm() == pytest.approx(0.1, rel=1e-4)
 
 
+class Transposed(nn.Module):
+    """A decoder whose gradients autograd leaves in another layout, transposed and expanded, than its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, z):
+        return torch.einsum("oi,bi->ob", self.weight, z).T + self.bias.sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip": 0.1}], ids=["alone", "clipped"])
+def test_gradients_of_other_layouts(options, traced_only, caplog):
+    def make():
+        torch.manual_seed(0)
+        model = LatentVariableModel(StandardNormal(2), Bernoulli(Transposed()))
+        return model, AmortizedGuide(model, nn.Linear(6, 4))
+
+    _, known = losses(make, ELBO, compile=False, **options)
+    _, found = losses(make, ELBO, compile=True, **options)
+    assert not said(caplog)
+    assert found == pytest.approx(known, rel=1e-4)
+
+
+class Averaging(nn.Module):
+    """An encoder that puts a new tensor in place of its buffer."""
+
+    mean: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.998 * self.mean + 0.002 * x.mean(0)
+        return self.layer(x - self.mean)
+
+
+class FollowsSteps(ELBO):
+    """An objective that reads the number of the step other than by a schedule."""
+
+    def loss_of(self, terms):
+        return super().loss_of(terms) * (1.0 + self.step / 10)
+
+
+@pytest.mark.parametrize("kind", ["buffers", "steps"])
+def test_what_changes_in_python_is_not_compiled(kind, traced_only, caplog):
+    def make():
+        torch.manual_seed(1)
+        return programs(encoder=Averaging()) if kind == "buffers" else programs()
+
+    def objective():
+        return FollowsSteps() if kind == "steps" else ELBO()
+
+    known, expected = losses(make, objective, compile=False)
+    run, found = losses(make, objective, compile=True)
+    assert len(said(caplog)) == 1 and ("buffers" if kind == "buffers" else "numbers that change") in said(caplog)[0]
+    assert found == expected
+    for a, b in zip(known.programs.buffers(), run.programs.buffers(), strict=True):
+        assert a.equal(b)
+
+
+def test_parameters_frozen_on_the_way_stay(traced_only):
+    def moved(compile):
+        model, guide = programs()
+        encoder, seen = guide.encoder, []
+
+        def freeze(run):
+            encoder.requires_grad_(False)
+            seen.append([p.detach().clone() for p in encoder.parameters()])
+
+        pg.fit(model, guide, ELBO(), X, callbacks=[freeze], compile=compile, **STEPS)
+        assert len(seen) > 1
+        return any(not a.equal(b) for a, b in zip(seen[0], seen[-1], strict=True))
+
+    assert [moved(False), moved(True)] == [False, False]
+
+
+def test_parameters_of_no_module_are_not_compiled(traced_only):
+    class Plain:
+        def __init__(self):
+            self.network = nn.Linear(6, 4)
+
+        def __call__(self, x):
+            loc, scale = self.network(x).chunk(2, -1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    guide = Plain()
+    compiled = Compiled(ELBO()(programs()[0], guide))
+    compiled(X).backward()
+    assert "no module" in compiled.why_not and guide.network.weight.grad is not None
+
+
+def test_layouts_of_batches_and_evaluations(traced_only):
+    """A batch of other strides has a graph of its own, and a loss without gradients is no step."""
+    compiled = Compiled(ELBO()(*programs()))
+    compiled(X)
+    compiled(X.T.contiguous().T)
+    with torch.no_grad():
+        compiled(X)
+    assert compiled.why_not is None and len(compiled._graphs) == 2 and compiled.module.elbo.step == 2
+
+
 def test_draws_are_fresh_and_follow_the_seed(traced_only):
     compiled = Compiled(ELBO()(*programs()))
     first, second = (float(compiled(X).detach()) for _ in range(2))
