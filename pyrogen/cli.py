@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
+from torch import distributed
 
 from pyrogen.configuration import _FILE_PREFIX
 from pyrogen.experiment import commands
@@ -102,8 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Any, code: int) -> int:
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:  # of several processes one speaks
-        print(f"pyrogen: {'error: ' if code != 130 else ''}{' '.join(str(error).split())}", file=sys.stderr)
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+        return code  # the first process says it, for once they are connected an error of one is one of all
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    where = "" if rank == "0" else f" (in process {rank})"
+    print(f"pyrogen: {'error: ' if code != 130 else ''}{' '.join(str(error).split())}{where}", file=sys.stderr)
     return code
 
 
@@ -125,7 +129,7 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"{error}{_nearest_flag(str(error), arguments)}") from error
     command = values.subcommand
     settings = _settings(values[command], COMMANDS[command][0], options)
-    if command != "fit" and not is_first():
+    if command not in ("fit", "compare") and not is_first():  # a comparison is refused by all
         return 0
     match command:
         case "compare":

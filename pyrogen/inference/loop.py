@@ -80,7 +80,7 @@ class Training:
     ) -> None:
         self.run = run
         self.folder = folder
-        self.callbacks = callbacks
+        self.callbacks, self.calls_back = callbacks, bool(callbacks)
         self.fabric = fabric
         self.processes = Processes(fabric)
         options = run.options
@@ -150,6 +150,8 @@ class Training:
                 shall go; if processes were given different fits.
         """
         check_alike(self)
+        # The others may have been given neither; what all do together follows the first.
+        self.folder, self.calls_back = self.processes.broadcast((self.folder, bool(self.callbacks)))
         read = None
         with self.processes.together():
             if self.folder is not None and self.processes.first:
@@ -159,7 +161,8 @@ class Training:
                     clear_folder(self.folder)
         read = self.processes.broadcast(read)
         if read is not None:
-            restore(self, *read)
+            with self.processes.together():
+                restore(self, *read)
         self.processes.spread([*unique_tensors(self.programs).values(), *self.averaged])
 
     def go(self, progress: bool) -> None:
@@ -292,13 +295,13 @@ class Training:
 
     def _stop_at(self, bad: "_Seen", estimate: Estimate | None, batch: tuple[Tensor, ...]) -> None:
         """Raise the same error in all processes, for a loss that is not finite or for what kept one from having any."""
+        what = None
         with self.processes.together():
             if self.failure is not None:
                 raise self.failure
-        what = None
-        if bad.share and not math.isfinite(loss := bad.own.item()):
-            origin = bad.origin() if estimate is None else self._origin(estimate, batch)
-            what = self._explain(f"the loss is {loss}", origin, bad.step)
+            if bad.share and not math.isfinite(loss := bad.own.item()):
+                origin = bad.origin() if estimate is None else self._origin(estimate, batch)
+                what = self._explain(f"the loss is {loss}", origin, bad.step)
         raise NonFiniteLoss(next(what for what in self.processes.gather(what) if what is not None))
 
     def _gradients(self, batch: tuple[Tensor, ...]) -> Estimate:
@@ -317,8 +320,13 @@ class Training:
         if estimate.of_program is not None and math.isfinite(estimate.of_program.item()):
             return "the critics' own loss, whose learning rate is that of critic=CriticOptions(learning_rate=...)"
         if estimate.terms is None:  # of a compiled step, which keeps no traces
-            with torch.no_grad():
-                self.module(*batch)
+            try:
+                with torch.no_grad():
+                    again = self.module(*batch)
+            except Exception as error:
+                return f"what can't be told, for the batch once more raised {type(error).__name__}: {error}"
+            if math.isfinite(again.item()):
+                return "what can't be told, for the batch once more, with other draws, gave a finite loss"
             estimate = self.programs.latest  # type: ignore[assignment]
         assert estimate.terms is not None
         return estimate.terms.origin_of_nan()
@@ -442,7 +450,7 @@ class Training:
         due = (epoch + 1) % options.checkpoint_every == 0 or self.step == self.total or self.out_of_patience
         if due:
             self._checkpoint()
-        stop = bool(self.callbacks) and self._call_back()
+        stop = self.calls_back and self._call_back()
         if stop and not due:
             self._checkpoint()
         return stop

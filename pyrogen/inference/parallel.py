@@ -25,6 +25,8 @@ __all__ = ["Processes", "alone", "connect", "environment", "is_first"]
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _apart = False
 
 
@@ -107,6 +109,8 @@ def connect(device: str, precision: str, folder: Path | None = None) -> Fabric:
     except (ValueError, RuntimeError, TypeError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"device={device!r} with precision={precision!r} can't be used here: {error}") from error
     if around is not None:
+        if is_first() and not distributed.is_initialized():
+            _log.warning(_waiting(around))
         with _quiet("lightning_fabric"):
             fabric.launch()
     return fabric
@@ -115,6 +119,13 @@ def connect(device: str, precision: str, folder: Path | None = None) -> Fabric:
 def _processes_of_machine(around: ClusterEnvironment) -> int:
     name = "SLURM_NTASKS_PER_NODE" if isinstance(around, SLURMEnvironment) else "LOCAL_WORLD_SIZE"
     return int(os.environ[name])
+
+
+def _waiting(around: ClusterEnvironment) -> str:
+    which, mend = "torchrun", ""
+    if isinstance(around, SLURMEnvironment):
+        which, mend = "SLURM", "; start them by srun, or ask for --ntasks=1"
+    return f"waiting for {around.world_size()} processes, as {which} says{mend}"
 
 
 @contextmanager
@@ -228,10 +239,10 @@ class Processes:
                 p.grad = torch.zeros_like(p)
         gradients: list[Any] = [p.grad for p in parameters]
         with torch.no_grad():
-            own = torch.cat([(loss * 0).reshape(1), here, *(g.reshape(-1) for g in gradients)])
-            own = own * share if share else torch.zeros_like(own)  # for 0 · NaN is not 0
-            kept = [b.reshape(-1) if self.first else torch.zeros_like(b).reshape(-1) for b in buffers]
-            whole = torch.cat([own, *kept])
+            kept = [b if self.first else torch.zeros_like(b) for b in buffers]
+            whole = torch.cat([(loss * 0).reshape(1), here, *(x.reshape(-1) for x in (*gradients, *kept))])
+            own = whole[: len(whole) - sum(b.numel() for b in buffers)]
+            _ = own.mul_(share) if share else own.zero_()  # for 0 · NaN is not 0
             distributed.all_reduce(whole)
             targets = [*gradients, *buffers]
             trouble, anywhere, *parts = whole.split([1, len(parameters), *(x.numel() for x in targets)])

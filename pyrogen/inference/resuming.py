@@ -129,9 +129,11 @@ def check_alike(training: "Training") -> None:
     if processes.alone:
         return
     options = settings_of(training.run)["options"].items()
+    held = training.validation
     own = {
         "options": {name: value for name, value in options if "not_described" not in str(value)},
         "data": _identity(training)["data"],
+        "validation": {"rows": len(held), "fingerprint": held.fingerprint()} if held is not None else {"rows": 0},
         "weights": {name: list(value.shape) for name, value in unique_tensors(training.programs).items()},
     }
     difference = first_difference(processes.broadcast(own), own)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import yaml
-from torch import distributed, nn
+from torch import nn
 
 from pyrogen.configuration import build, describe
 from pyrogen.inference.checkpoints import (
@@ -28,6 +28,7 @@ from pyrogen.inference.checkpoints import (
     write_tensors,
 )
 from pyrogen.inference.objectives import Objective
+from pyrogen.inference.parallel import is_first
 from pyrogen.inference.programs import Program, as_module, make_example
 
 __all__ = ["CriticOptions", "FitOptions", "OutputExistsError", "Run", "load", "prepare_folder", "save", "write_yaml"]
@@ -272,7 +273,8 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a run: ``weights.safetensors``, ``run.yaml`` and ``history.csv``.
 
-    Of several processes that train together the first one writes, and the others do nothing here.
+    Of several processes that train together the first one writes, and the others do nothing here, unless within
+    :func:`pyrogen.inference.parallel.alone`.
 
     Nothing is pickled. Objects whose constructor's arguments can't be read back from their attributes are noted in
     ``run.yaml``; :func:`load` then asks for them. An option that can't be written, such as a lambda for a schedule, is
@@ -286,7 +288,7 @@ def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     Raises:
         OutputExistsError: If the folder holds something and ``overwrite`` is not set, or something that is no run.
     """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+    if not is_first():
         return Path(folder)
     folder = prepare_folder(folder, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)

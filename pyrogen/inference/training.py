@@ -65,7 +65,8 @@ def fit(
     averaged, weighted by rows, so what is a mean over rows is the mean over all of them, while a loss of another kind,
     as MMD and Donsker-Varadhan, or batch normalisation, sees the rows of its process. Buffers such as moving averages
     are the first process's after every step. The first process draws as one alone would, prints, writes and calls back.
-    An error of one is raised in all.
+    An error of one is raised in all. A SLURM job of several tasks waits for all of them: start the script by ``srun``,
+    or ask for ``--ntasks=1``. Batch normalisation raises where the last minibatch leaves one row to a process.
 
     Args:
         model, guide: Programs; plain functions that use ``pyro.module`` as well as modules. They are trained in place
@@ -86,15 +87,17 @@ def fit(
         validate_every: Epochs between evaluations of the bound on the validation data.
         patience: Stop when the validation bound has not risen for so many evaluations, and keep the best weights.
         callbacks: Each is called with the run as it stands after every epoch; one that returns ``True`` stops it. What
-            they draw leaves the training as it is. Of several processes the first calls them, and all take the weights
-            and the decision that it then has.
+            they draw leaves the training as it is. Of several processes the first calls its own, and all take the
+            weights and the decision that it then has; a ``requires_grad`` or a setting of the objective that they
+            change stays as it was in the others.
         progress: Show a progress bar with the time left.
         out: A folder for the run, its checkpoints and its logs (TensorBoard and ``history.csv``).
         checkpoint_every: Epochs between checkpoints.
         resume: Go on from the checkpoint in ``out`` where there is one; on the same machine the result is bit for bit
-            that of a training never interrupted. All arguments must be as they were, and the number of processes, but
-            not how long: larger ``epochs`` or ``steps`` go on with a finished run. A schedule then runs over the new
-            length, from the share of it that is done; a learning rate that had fallen rises again.
+            that of a training never interrupted, but for ``compile="auto"``, which takes its times anew. All arguments
+            must be as they were, and the number of processes, but not how long: larger ``epochs`` or ``steps`` go on
+            with a finished run. A schedule then runs over the new length, from the share of it that is done; a
+            learning rate that had fallen rises again.
         overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
         critic: How the critics are trained, for an objective that has some; see
             :class:`~pyrogen.inference.CriticOptions`.
@@ -158,12 +161,12 @@ def fit(
             f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
             "pyro.infer.SVI"
         )
-    if resume and out is None:
-        raise ValueError("resume needs out=, the folder of the run that shall go on")
     fabric = connect(device, precision, None if out is None else Path(out))
     processes = Processes(fabric)
     folder = None if out is None else Path(out)
     with processes.together():
+        if resume and folder is None and processes.first:
+            raise ValueError("resume needs out=, the folder of the run that shall go on")
         if folder is not None and processes.first:
             prepare_folder(folder, overwrite=overwrite, resume=resume)
         batches, validation = training_and_validation(data, batch_size, seed)

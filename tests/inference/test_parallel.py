@@ -82,6 +82,30 @@ def equal_rows(family=None) -> Any:
     return model, guide, X[:1].repeat(112, 1)
 
 
+class Following(Critic):
+    """A critic with a buffer that follows the rows it is given, and that its scores depend on."""
+
+    mean: torch.Tensor
+
+    def __init__(self, *arguments, **given):
+        super().__init__(*arguments, hidden=(8,), **given)
+        self.register_buffer("mean", torch.zeros(self.width))
+
+    def features_of(self, z, context=None):
+        if self.training:
+            self.mean.lerp_(z.detach().reshape(-1, self.width).mean(0), 0.1)
+        return super().features_of(z - self.mean.clone(), context)
+
+
+def other_rows(family=None) -> Any:
+    """Rows that differ, and a model and a guide with buffers that follow them."""
+    torch.manual_seed(rank())
+    decoder = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6))
+    model = LatentVariableModel(StandardNormal(2), NormalLikelihood(decoder))
+    guide = None if family is None else AmortizedGuide(model, nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)), family)
+    return model, guide, X
+
+
 TWICE: dict[str, Any] = {
     "a last batch of one row": (points, ELBO, {}),
     "a last batch of several rows": (partial(points, 110), ELBO, {}),
@@ -96,6 +120,11 @@ ALIKE: dict[str, Any] = {
     "steps of critics": (equal_rows, partial(GAN, "wasserstein-gp", critic=SMALL), {"gradient_clip": 0.1}),
 }
 """The same as of one with B, where rows and draws are the same in both."""
+APART: dict[str, Any] = {
+    "two optimizers, rows and draws": (partial(other_rows, Implicit), partial(AVB, 4, critic=Following), {}),
+    "steps of critics, rows and draws": (other_rows, partial(GAN, "wasserstein-gp", critic=Following), {}),
+}
+"""Each process with rows and draws of its own."""
 
 
 def rank() -> int:
@@ -103,9 +132,9 @@ def rank() -> int:
 
 
 def fitted(case, batch_size=B, **given) -> Run:
-    make, objective, options = {**TWICE, **ALIKE}[case]
+    make, objective, options = {**TWICE, **ALIKE, **APART}[case]
     torch.set_default_dtype(torch.float64)
-    length = {"steps": 20} if case in ALIKE else {"epochs": 4}
+    length = {"steps": 20} if case in {**ALIKE, **APART} else {"epochs": 4}
     if "epochs" in options:
         length = {}
     try:
@@ -179,6 +208,29 @@ def sick(**given) -> Run:
     return fit(Sick(), None, ELBO(), options.pop("data", x), **options)
 
 
+def changed(again, **given) -> Run:
+    """A compiled fit whose program does something else when it is run once more for the place of a NaN."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at = Training._stop_at
+
+        def changing(self, *arguments):
+            patch.setattr(Sick, "forward", again)
+            stop_at(self, *arguments)
+
+        patch.setattr(Training, "_stop_at", changing)
+        patch.setattr(compilation, "lowered", lambda graph, inputs: graph)
+        return sick(compile=True, seed=1, **given)  # of which the NaN is in a batch of full size, and not the first
+
+
+def gone(self, x):
+    raise OSError("the program is gone")
+
+
+def cured(self, x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(self.loc, 1.0).to_event(1), obs=x)
+
+
 def said(function, *arguments, **given) -> Any:
     """The type of the error that is raised, what it says, and after how many seconds."""
     started = time.perf_counter()
@@ -197,7 +249,7 @@ def main(folder: Path) -> None:
     """What every process does."""
     results: dict[str, Any] = {}
     lowered, compilation.lowered = compilation.lowered, lambda graph, inputs: graph
-    for case in TWICE:
+    for case in [*TWICE, *APART]:
         results[case] = found(fitted(case))
     compilation.lowered = lowered
     seed, Processes.seed = Processes.seed, lambda self, seed: seed  # type: ignore[method-assign]
@@ -207,6 +259,11 @@ def main(folder: Path) -> None:
     results["whole"] = found(noisy(out=folder / "whole"))
     noisy(out=folder / "part", steps=5)
     results["part"] = found(noisy(out=folder / "part", resume=True))
+    first = rank() == 0
+    results["firsts"] = found(
+        noisy(out=folder / "firsts" if first else None, callbacks=[lambda run: len(run.history) == 2] if first else [])
+    )
+    results["firsts, later"] = found(noisy(out=folder / "firsts" if first else None, resume=True))
     calls: list[int] = []
 
     def stop(run):
@@ -219,19 +276,26 @@ def main(folder: Path) -> None:
     results["errors"] = {
         "NaN": said(sick, out=folder / "sick"),
         "NaN seen late": said(late, sick),
+        "NaN, then an error": said(changed, gone),
+        "NaN, then none": said(changed, cured),
         "unreadable": said(sick, data=Shaky()),
         "unreadable, seen late": said(late, sick, data=Shaky()),
         "exists": said(noisy, out=folder / "whole"),
         "options": said(noisy, learning_rate=-1.0),
         "unlike": said(noisy, batch_size=B + rank()),
         "other data": said(sick, data=X[rank() :].float()),
+        "other validation": said(sick, data=split(X[:90].bool(), X[90 + rank() :].bool())),
+        "no validation": said(sick, data=split(X[:90].bool(), X[90:].bool()) if first else X[:90].bool()),
+        "nowhere to resume": said(noisy, resume=True),
         "callback": said(noisy, callbacks=[collapse]),
         "one device": said(noisy, device="cpu:0"),
     }
     results["codes"] = [cli.main([*COMMAND, str(folder / "command")]) for _ in range(2)]
     results["compare"] = cli.main(["compare", "--epochs", "1"])
     with alone():
-        results["alone"] = found(fitted("compiled", 2 * B, compile=False))
+        run = fitted("compiled", 2 * B, compile=False)
+        results["alone"] = found(run)
+        pg.save(run, folder / f"alone in {rank()}")
     torch.save(results, folder / f"{rank()}.pt")
     sick()
 
@@ -302,6 +366,25 @@ def test_critics_of_two_processes_are_those_of_one(case, together):
         torch.testing.assert_close(states[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("case", APART)
+def test_programs_and_critics_stay_the_same_where_rows_and_draws_differ(case, together):
+    """Weights and buffers of all, exactly, after steps that each process took by itself."""
+    _, results, *_ = together
+    state = results[0][case]["state"]
+    assert any(name.startswith("critics.") and name.endswith(".mean") for name in state)
+    assert any(name.endswith("running_mean") for name in state)
+    assert_same(results[0][case], results[1][case], rel=0.0)
+
+
+def test_callbacks_and_a_folder_may_be_given_to_the_first_alone(together):
+    """What it was stopped in goes on bit for bit, so the random states of both were kept."""
+    _, results, *_ = together
+    assert_same(results[0]["firsts"], results[1]["firsts"], rel=0.0)
+    assert len(results[0]["firsts"]["history"]["loss"]) == 2
+    for each in results:
+        assert_same(results[0]["whole"], {**each["firsts, later"], "history": results[0]["whole"]["history"]}, rel=0.0)
+
+
 def test_going_on_gives_the_run_never_interrupted(together):
     """Bit for bit, with the random states of both."""
     folder, results, *_ = together
@@ -332,6 +415,12 @@ def test_the_first_calls_back_and_all_stop(together):
             r"the loss is nan at step \d \(epoch 1\); it began at the log-likelihood of the observed",
         ),
         ("NaN seen late", NonFiniteLoss, r"the loss is nan at step \d \(epoch 1\); it began at"),
+        (
+            "NaN, then an error",
+            NonFiniteLoss,
+            "began at what can't be told, for the batch once more raised OSError: the program is gone",
+        ),
+        ("NaN, then none", NonFiniteLoss, "began at what can't be told, for the batch once more.* gave a finite loss"),
         ("unreadable", OSError, "row 7 is gone"),
         ("unreadable, seen late", OSError, "row 7 is gone"),
         ("exists", OutputExistsError, "exists and is not empty"),
@@ -342,6 +431,9 @@ def test_the_first_calls_back_and_all_stop(together):
             "must call fit alike.*: options.batch_size was 8 and is 9, in the first and in process 1",
         ),
         ("other data", ValueError, "must call fit alike.*: data.rows was 110 and is 109"),
+        ("other validation", ValueError, "must call fit alike.*: validation.rows was 20 and is 19"),
+        ("no validation", ValueError, "must call fit alike.*: validation.rows was 20 and is 0"),
+        ("nowhere to resume", ValueError, "resume needs out="),
         ("callback", RuntimeError, "the callback collapsed"),
         ("one device", ValueError, "device='cpu:0' is one device, and there are 2 processes; give device='cpu'"),
     ],
@@ -370,6 +462,7 @@ def test_the_command_prints_and_writes_once(together):
     folder, results, _, out, err = together
     assert [each["codes"] for each in results] == [[0, 2], [0, 2]]
     assert out.count("Written to") == 1 and err.count("pyrogen: error: the folder") == 1
+    assert err.count("waiting for 2 processes, as torchrun says\n") == 1
     run = pg.load(folder / "command")
     assert run.history["step"].tolist() == [3] and (folder / "command" / "fit.yaml").exists()
     assert len(list((folder / "command" / "logs").iterdir())) == 1
@@ -382,7 +475,10 @@ def test_a_comparison_is_refused(together):
 
 
 def test_a_process_may_fit_alone(together):
-    _, results, *_ = together
+    folder, results, *_ = together
+    for number, each in enumerate(results):
+        written, _ = read_tensors(folder / f"alone in {number}" / "weights.safetensors")
+        assert all(torch.equal(value, each["alone"]["state"][name]) for name, value in written.items())
     assert results[0]["alone"]["history"] != results[1]["alone"]["history"]
     assert_same(results[0]["alone"], found(fitted("compiled", 2 * B, compile=False)), rel=1e-12)
 
@@ -397,10 +493,19 @@ def slurm(number: int) -> dict[str, str]:
 def test_under_slurm(tmp_path):
     """Two tasks of a job as SLURM starts them: the command, no torchrun."""
     port = {"MASTER_PORT": str(free_port())}
-    codes, out, _ = ran([slurm(0) | port, slurm(1) | port], "-m", "pyrogen", *COMMAND, str(tmp_path / "run"))
+    codes, out, err = ran([slurm(0) | port, slurm(1) | port], "-m", "pyrogen", *COMMAND, str(tmp_path / "run"))
     assert codes == [0, 0] and out.count("Written to") == 1
+    assert err.count("waiting for 2 processes, as SLURM says; start them by srun, or ask for --ntasks=1") == 1
     identity = read_tensors(tmp_path / "run" / CHECKPOINT)[1]["identity"]
     assert identity["processes"] == 2
+
+
+@pytest.mark.parametrize(("name", "number"), [("RANK", "1"), ("SLURM_PROCID", "3"), ("RANK", "many")])
+def test_a_process_that_fails_before_it_meets_others_says_so(name, number, monkeypatch, capsys):
+    monkeypatch.setenv(name, number)
+    assert cli.main(["fit", "--data", "nothing", "--steps", "3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pyrogen: error: ") and error.endswith(f" (in process {number})\n")
 
 
 def test_what_started_a_process_is_read_off_its_environment(monkeypatch):
