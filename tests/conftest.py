@@ -4,7 +4,13 @@ import pyro
 import pytest
 import torch
 
+from pyrogen.evaluation.frames import import_arviz
 from pyrogen.inference import compilation, tracing
+
+
+def pytest_configure():
+    """Import ArviZ before there are workers: where several do so for the first time on a day, some fail."""
+    import_arviz("arviz")
 
 
 def _global_state() -> dict[str, object]:

@@ -705,6 +705,6 @@ def test_help_of_a_part(capsys):
 
 def test_as_a_process(tmp_path):
     command = [sys.executable, "-m", "pyrogen", "fit", "--data", "mnits"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.count("\n") == 1 and "did you mean mnist" in ended.stderr

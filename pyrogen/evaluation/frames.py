@@ -38,7 +38,10 @@ def import_arviz(name: str) -> Any:
     with warnings.catch_warnings():
         # ArviZ 0.x announces 1.x once a day; both are served here, so there is nothing for the user to do.
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
-        return importlib.import_module(name)
+        try:
+            return importlib.import_module(name)
+        except FileNotFoundError:  # of the day's stamp, which another process has put in place meanwhile
+            return importlib.import_module(name)
 
 
 def assemble(groups: Mapping[str, xarray.Dataset], *, major: int) -> Any:

@@ -98,11 +98,9 @@ class Training:
         contrasts: Any = run.objective.critics.items()
         self.settling = {f"{name}{which}" for name, contrast in contrasts for which in contrast.settles}
         self.critic_steps = (options.critic.steps or run.objective.critic_steps) if critics else 1
-        self.module: Any
-        self.module, *steppers = fabric.setup(self.programs, *self.optimizers.values())
+        # Not the module that it returns, whose calls take longer and leave methods without autocast.
+        _, *steppers = fabric.setup(self.programs, *self.optimizers.values())
         self.steppers = dict(zip(self.optimizers, steppers, strict=True))
-        for name in ("bound", "critic_loss"):
-            self.module.mark_forward_method(name)
         self.averaged = [p.detach().clone() for p in self.trained] if options.average is not None else []
         self.watch = CriticWatch()
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
@@ -306,10 +304,10 @@ class Training:
 
     def _gradients(self, batch: tuple[Tensor, ...]) -> Estimate:
         """The estimate of a batch, with the gradients of all parameters in place."""
-        if self.compiled is not None and len(batch[0]) == self.full:
-            with self.fabric.autocast():
+        with self.fabric.autocast():
+            if self.compiled is not None and len(batch[0]) == self.full:
                 return self.compiled.backward(*batch)
-        loss = self.module(*batch)
+            loss = self.programs(*batch)
         for stepper in self.steppers.values():
             stepper.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
@@ -321,8 +319,8 @@ class Training:
             return "the critics' own loss, whose learning rate is that of critic=CriticOptions(learning_rate=...)"
         if estimate.terms is None:  # of a compiled step, which keeps no traces
             try:
-                with torch.no_grad():
-                    again = self.module(*batch)
+                with torch.no_grad(), self.fabric.autocast():
+                    again = self.programs(*batch)
             except Exception as error:
                 return f"what can't be told, for the batch once more raised {type(error).__name__}: {error}"
             if math.isfinite(again.item()):
@@ -347,7 +345,7 @@ class Training:
     def _move(self, stepper: Any) -> None:
         clip = self.run.options.gradient_clip
         if clip is not None:
-            self.fabric.clip_gradients(self.module, stepper, max_norm=clip, error_if_nonfinite=False)
+            self.fabric.clip_gradients(self.programs, stepper, max_norm=clip, error_if_nonfinite=False)
         stepper.step()
 
     def _critic_steps(self, rows: int) -> None:
@@ -360,11 +358,11 @@ class Training:
     def _critic_gradients(self, rows: int) -> Tensor:
         """The critics' loss on rows drawn at random, with their gradients in place."""
         batch = self.batches.some(rows, self.fabric.device)
-        if self.compiled is not None and rows == self.full:
-            with self.fabric.autocast():
+        with self.fabric.autocast():
+            if self.compiled is not None and rows == self.full:
                 self.compiled.critics_backward(*batch)
-            return torch.zeros((), device=self.fabric.device)
-        loss = self.module.critic_loss(*batch)
+                return torch.zeros((), device=self.fabric.device)
+            loss = self.programs.critic_loss(*batch)
         self.steppers["critic"].zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         return loss.detach()
@@ -425,7 +423,8 @@ class Training:
         seed, device = self.processes.seed(self.run.options.seed), self.fabric.device
         with self.processes.together(), torch.no_grad(), seeded(seed, device), self._with_averaged():
             for batch in self.validation.in_order(device, size, own=True):
-                total += self.module.bound(*batch).sum().cpu()
+                with self.fabric.autocast():
+                    total += self.programs.bound(*batch).sum().cpu()
         return self.processes.sum([total])[0] / len(self.validation)
 
     def _inactive_units(self) -> str:

@@ -128,13 +128,18 @@ def check_alike(training: "Training") -> None:
     processes = training.processes
     if processes.alone:
         return
-    options = settings_of(training.run)["options"].items()
-    held = training.validation
+    settings, held = settings_of(training.run), training.validation
+
+    def described(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if "not_described" not in str(value)}
+
     own = {
-        "options": {name: value for name, value in options if "not_described" not in str(value)},
+        "options": described(settings["options"]),
         "data": _identity(training)["data"],
         "validation": {"rows": len(held), "fingerprint": held.fingerprint()} if held is not None else {"rows": 0},
         "weights": {name: list(value.shape) for name, value in unique_tensors(training.programs).items()},
+        **described({"objective": settings["objective"]}),
+        "critic_steps": training.critic_steps,
     }
     difference = first_difference(processes.broadcast(own), own)
     with processes.together():

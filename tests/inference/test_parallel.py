@@ -163,13 +163,13 @@ def assert_same(these, those, rel=1e-9):
             assert column == pytest.approx(those["history"][name], rel=rel, nan_ok=True), name
 
 
-def noisy(**given) -> Run:
+def noisy(objective=ELBO(), **given) -> Run:  # noqa: B008 (fit takes a copy)
     """Draws, batch normalisation and dropout."""
     torch.manual_seed(5)
     model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, 6, (8,))))
     encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
     options: dict[str, Any] = {"batch_size": B, "progress": False, "steps": 17, "average": 0.9, "device": "cpu"}
-    return fit(model, AmortizedGuide(model, encoder), ELBO(), X.float(), **options | given)
+    return fit(model, AmortizedGuide(model, encoder), objective, X.float(), **options | given)
 
 
 class Sick(nn.Module):
@@ -283,6 +283,7 @@ def main(folder: Path) -> None:
         "exists": said(noisy, out=folder / "whole"),
         "options": said(noisy, learning_rate=-1.0),
         "unlike": said(noisy, batch_size=B + rank()),
+        "other objective": said(noisy, ELBO(1 + rank())),
         "other data": said(sick, data=X[rank() :].float()),
         "other validation": said(sick, data=split(X[:90].bool(), X[90 + rank() :].bool())),
         "no validation": said(sick, data=split(X[:90].bool(), X[90:].bool()) if first else X[:90].bool()),
@@ -328,7 +329,7 @@ def ran(environments, *command) -> Any:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, *command], env=everywhere | each, **pipes) for each in environments]
     try:
-        printed = [process.communicate(timeout=150) for process in started]
+        printed = [process.communicate(timeout=400) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -430,6 +431,7 @@ def test_the_first_calls_back_and_all_stop(together):
             ValueError,
             "must call fit alike.*: options.batch_size was 8 and is 9, in the first and in process 1",
         ),
+        ("other objective", ValueError, "must call fit alike.*: objective.*.particles was 1 and is 2"),
         ("other data", ValueError, "must call fit alike.*: data.rows was 110 and is 109"),
         ("other validation", ValueError, "must call fit alike.*: validation.rows was 20 and is 19"),
         ("no validation", ValueError, "must call fit alike.*: validation.rows was 20 and is 0"),
@@ -442,7 +444,7 @@ def test_an_error_of_one_is_the_same_error_of_all(case, kind, message, together)
     _, results, *_ = together
     (name, text, seconds), (other_name, other_text, _) = (each["errors"][case] for each in results)
     assert (name, text) == (other_name, other_text)
-    assert name == kind.__name__ and seconds < 20
+    assert name == kind.__name__ and seconds < 60
     with pytest.raises(kind, match=message):
         raise kind(text)
 
