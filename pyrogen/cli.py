@@ -11,6 +11,7 @@ from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
@@ -82,18 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if training diverged, or a fit of workers or a program of the user's own failed; 2 for bad
-        input, with one line on stderr; 130 after Ctrl-C.
+        input, with one line on stderr; 130 after Ctrl-C. SIGTERM ends a fit with 143, once its checkpoint is written.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _run(arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume with the same --out goes on from the last checkpoint", 130)
+        goes_on = arguments[:1] in (["fit"], ["compare"])
+        how = "--resume with the same --out goes on from the last checkpoint" if goes_on else "nothing is half written"
+        return _fail(f"interrupted; {how}", 130)
     except BrokenPipeError:  # whoever reads has enough, as in pyrogen ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (NonFiniteLoss, ChildProcessError) as error:
+    except (NonFiniteLoss, ChildProcessError, torch.OutOfMemoryError) as error:
         return _fail(error, 1)
     except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError) as error:
         if _in_users_file(error):

@@ -15,11 +15,11 @@ from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.distributions.semi_implicit import has_stochastic_density
 from pyrogen.evaluation.running import Prepared, parts, prepared
 from pyrogen.evaluation.single_values import marginal_log_prob
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.draws import draw_only
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.matching import check_unmasked
 from pyrogen.inference.programs import Copies, data_frame, global_draws, repeat, row_axis, sample_sites
+from pyrogen.inference.turns import seeded
 
 __all__ = ["Aggregate", "Values", "aggregated", "with_globals_held"]
 

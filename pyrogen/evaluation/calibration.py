@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyrogen.evaluation.running import check_counts
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.ratios import OwnRatio, Ratio
+from pyrogen.inference.turns import seeded
 
 __all__ = ["RatioCalibration", "calibrate_ratio", "fit_ratio"]
 

@@ -13,7 +13,7 @@ from pyrogen.data import as_float
 from pyrogen.evaluation.errors import standard_error
 from pyrogen.evaluation.features import ROWS, check_sides, class_labels, prepared_batches
 from pyrogen.evaluation.running import check_counts
-from pyrogen.inference.checkpoints import seeded
+from pyrogen.inference.turns import seeded
 
 __all__ = ["Diversity", "diversity"]
 

@@ -13,8 +13,8 @@ from pyrogen.evaluation.findings import CHECKS, ORDER, Finding
 from pyrogen.evaluation.running import ROWS, check_counts, prepared
 from pyrogen.evaluation.symptoms import Patient
 from pyrogen.inference.batches import training_and_validation
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.run import Run
+from pyrogen.inference.turns import seeded
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from pyrogen.data import as_float
 from pyrogen.evaluation.running import check_counts
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import first_parameter
 from pyrogen.inference.programs import evaluation_mode
+from pyrogen.inference.turns import seeded
 from pyrogen.networks.mlp import as_shape, dense, initialise
 
 __all__ = [

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pyrogen.evaluation.likelihood import checked_weights
 from pyrogen.evaluation.running import ROWS, Prepared, check_counts, pair_passes, parts, prepared
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.terms import run_programs
+from pyrogen.inference.turns import seeded
 
 __all__ = ["InferenceGap", "inference_gap"]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.evaluation.frames import arviz_major, import_arviz
 from pyrogen.evaluation.running import Prepared, check_counts, prepared
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.programs import data_frame, per_row, sample_sites, unregistered
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
+from pyrogen.inference.turns import seeded
 
 __all__ = ["ReferencePosterior", "nuts"]
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.batches import Batches, as_batch, check_data
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import is_masked
@@ -32,6 +31,7 @@ from pyrogen.inference.programs import (
     sample_sites,
 )
 from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
+from pyrogen.inference.turns import seeded, turn
 from pyrogen.inference.units import by_row, means
 
 __all__ = [
@@ -199,27 +199,28 @@ def prepared(
     for name, value in (("particles or draws", particles), ("rows", rows)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"the number of {name} must be a whole number of at least 1, got {value!r}")
-    _check_weights(model, guide)
-    batch = _placed(x, first_parameter(model, guide))
-    check_data(batch)
-    still = evaluation_mode(model, guide)
-    state = pyro.get_param_store().get_state()
-    model, guide = _with_parameters(model, state), guide if guide is None else _with_parameters(guide, state)
-    if values:
-        check_values(model, Batches(batch, None, len(batch[0]), 0))
-    first = tuple(tensor[:2] for tensor in batch)
-    if guide is not None:
-        check_programs(model, guide, *first)
-    elif guided:
-        _check_guideless(model, first)
-    with (
-        still,
-        torch.no_grad(),
-        pyro.validation_enabled(False),
-        pyro.get_param_store().scope(),
-        seeded(seed, batch[0].device),
-    ):
-        yield _prepare(model, guide, batch, first)
+    with turn():
+        _check_weights(model, guide)
+        batch = _placed(x, first_parameter(model, guide))
+        check_data(batch)
+        still = evaluation_mode(model, guide)
+        state = pyro.get_param_store().get_state()
+        model, guide = _with_parameters(model, state), guide if guide is None else _with_parameters(guide, state)
+        if values:
+            check_values(model, Batches(batch, None, len(batch[0]), 0))
+        first = tuple(tensor[:2] for tensor in batch)
+        if guide is not None:
+            check_programs(model, guide, *first)
+        elif guided:
+            _check_guideless(model, first)
+        with (
+            still,
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            pyro.get_param_store().scope(),
+            seeded(seed, batch[0].device),
+        ):
+            yield _prepare(model, guide, batch, first)
 
 
 def check_counts(**numbers: int | None) -> None:

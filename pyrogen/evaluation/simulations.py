@@ -11,9 +11,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrogen.evaluation.running import Prepared, by_row, check_counts, parts, passes, prepared
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.draws import is_masked
 from pyrogen.inference.programs import row_axis, sample_sites
+from pyrogen.inference.turns import seeded
 
 __all__ = ["Simulated", "guide_draws", "simulate", "simulating"]
 

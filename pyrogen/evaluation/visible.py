@@ -17,7 +17,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from pyrogen.evaluation.errors import shuffle, with_error
 from pyrogen.evaluation.features import ROWS, class_probabilities, features_of
 from pyrogen.evaluation.running import check_counts
-from pyrogen.inference.checkpoints import seeded
+from pyrogen.inference.turns import seeded
 
 __all__ = [
     "FrechetDistance",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from pyrogen.evaluation.calibration import fit_ratio
 from pyrogen.evaluation.features import ROWS, check_sides, prepared_batches
 from pyrogen.evaluation.running import check_counts
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.ratios import Wasserstein
+from pyrogen.inference.turns import seeded
 from pyrogen.networks import Critic
 
 __all__ = ["WassersteinCritic", "wasserstein_critic"]

@@ -63,6 +63,7 @@ def compare(
     average: float | None = None,
     compile: bool | Literal["auto"] = False,
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
+    non_finite: Literal["stop", "skip"] = "stop",
     parts: Sequence[str] | str = DEFAULT,
     particles: int = 1000,
     skip_unserved: bool = False,
@@ -89,8 +90,8 @@ def compare(
         test: Rows for the evaluation, a tensor or a tuple of tensors; by default the test split where data have one,
             otherwise the training data, which the table then says.
         epochs, steps, batch_size, learning_rate, schedule, gradient_clip, seed, device, precision, critic, average,
-            compile, matmul_precision: As for :func:`pyrogen.fit`; with ``compile=True`` figures come from compiled
-            graphs too, as with ``pyrogen.evaluate(compile=True)``.
+            compile, matmul_precision, non_finite: As for :func:`pyrogen.fit`; with ``compile=True`` figures come from
+            compiled graphs too, as with ``pyrogen.evaluate(compile=True)``.
         parts: Which parts of :func:`pyrogen.evaluate`; ``"all"`` for all. Samples of labelled images are compared by
             the features of a classifier that is trained for it.
         particles: Draws for each test row, for the log-likelihood.
@@ -147,6 +148,7 @@ def compare(
         average=average,
         compile=compile,
         matmul_precision=matmul_precision,
+        non_finite=non_finite,
     )
     check_workers(workers)
     if environment() is not None:

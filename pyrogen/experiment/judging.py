@@ -8,7 +8,7 @@ from torch import Tensor
 from pyrogen.data import Data
 from pyrogen.evaluation.features import feature_classifier
 from pyrogen.inference.batches import as_batch
-from pyrogen.inference.checkpoints import seeded
+from pyrogen.inference.turns import seeded
 
 __all__ = ["compared_in"]
 

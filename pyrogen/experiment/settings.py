@@ -66,6 +66,8 @@ class Settings:
             training would take over a minute and a half without. Compiling takes 5 to 30 seconds.
         matmul_precision: What PyTorch may do to products of 32-bit matrices in training: highest, or high, which is
             TF32 where a GPU has it, or medium.
+        non_finite: What to do at a step whose loss or gradients are NaN or infinite: stop, or skip it; the history
+            counts the steps that were skipped.
         threads: How many threads a tensor operation gets on the CPU. By default one where an observation has at most
             256 values: more gain little there, and wait for each other on a busy machine. Otherwise torch's own number.
     """
@@ -96,6 +98,7 @@ class Settings:
     precision: str = "32-true"
     compile: bool | Literal["auto"] = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    non_finite: Literal["stop", "skip"] = "stop"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -130,7 +133,8 @@ class Settings:
             steps=self.critic_steps,
             warmup=self.critic_warmup,
         )
-        values = {name: getattr(self, name) for name in (*names, "average", "compile", "matmul_precision")}
+        others = ("average", "compile", "matmul_precision", "non_finite")
+        values = {name: getattr(self, name) for name in (*names, *others)}
         return {"epochs": epochs, "critic": critic} | values
 
     def load_data(self) -> Data:

@@ -12,7 +12,6 @@ from pyrogen.inference.kernels import (
     LaplacianKernel,
     maximum_mean_discrepancy,
 )
-from pyrogen.inference.loop import NonFiniteLoss
 from pyrogen.inference.matching import WAE, InfoVAE
 from pyrogen.inference.objectives import ELBO, IWAE, Objective, Renyi
 from pyrogen.inference.ratios import (
@@ -31,6 +30,7 @@ from pyrogen.inference.schedules import CyclicalSchedule, LinearSchedule
 from pyrogen.inference.telescoping import Telescoping
 from pyrogen.inference.total_correlation import BetaTCVAE, FactorVAE
 from pyrogen.inference.training import fit
+from pyrogen.inference.trouble import NonFiniteLoss
 from pyrogen.inference.with_prior import TwoStageGuide, WithPrior
 
 __all__ = [

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "atomically",
+    "leftovers",
     "load_optimizer",
     "load_weights",
     "optimizer_state",
-    "random_state",
     "read_tensors",
-    "seeded",
-    "set_random_state",
     "unique_tensors",
     "write_tensors",
 ]
@@ -42,6 +40,11 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files that writers which were killed have left in a folder."""
+    return [path for path in folder.glob(".*-" + "[0-9a-f]" * 16) if path.is_file()]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -138,39 +141,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
         index, key = name.split(".", 1)
         entries.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the random numbers of the CPU, and of the device where it is another."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Put back what :func:`random_state` took; a state of another kind of device is left aside."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Random numbers from a seed, or with None from where they are; the caller's state is given back."""
-    state = random_state(device)
-    try:
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            elif device.type == "mps":
-                torch.mps.manual_seed(seed)
-        yield
-    finally:
-        set_random_state(state, device)

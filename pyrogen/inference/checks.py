@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrogen.inference.batches import CHUNK, Batches, check_finite
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.programs import (
     Site,
     bare,
@@ -22,6 +21,7 @@ from pyrogen.inference.programs import (
     prototype,
     sample_sites,
 )
+from pyrogen.inference.turns import seeded
 
 __all__ = ["check_programs", "check_values", "first_parameter"]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.objectives import Estimate, ObjectiveModule
 from pyrogen.inference.programs import modules_of
 from pyrogen.inference.tracing import lowered, reason
+from pyrogen.inference.turns import seeded
 
 __all__ = ["Compiled"]
 

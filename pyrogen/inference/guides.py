@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import same_support
 from pyrogen.inference.programs import (
     Site,
@@ -32,6 +31,7 @@ from pyrogen.inference.programs import (
     prototype,
     sample_sites,
 )
+from pyrogen.inference.turns import seeded
 
 __all__ = ["AmortizedGuide", "Family", "flattened", "stand_in_batch"]
 

@@ -1,10 +1,10 @@
 """The training loop: a step, an epoch, and what is made of it."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrogen.inference.batches import Batches
-from pyrogen.inference.checkpoints import load_weights, random_state, seeded, unique_tensors
+from pyrogen.inference.checkpoints import leftovers, load_weights, unique_tensors
 from pyrogen.inference.compilation import Compiled
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters
@@ -39,10 +39,14 @@ from pyrogen.inference.run import (
     write_run,
     write_yaml,
 )
+from pyrogen.inference.stopping import Stopping
+from pyrogen.inference.tally import GRADIENT_NORM, Tally
+from pyrogen.inference.trouble import NonFiniteLoss, Seen, check_weights, explained, out_of_memory, stop_at
+from pyrogen.inference.turns import Turn, random_state, seeded
 from pyrogen.inference.units import UNIT_ROWS, inactive_units
 from pyrogen.inference.watch import CriticWatch
 
-__all__ = ["CHECKPOINT", "NonFiniteLoss", "Training"]
+__all__ = ["CHECKPOINT", "Training"]
 
 PAYS_FROM = 90.0
 """Seconds that are left of a fit, above which compiling it is worth its time."""
@@ -53,17 +57,17 @@ LOOK_EVERY = {"cpu": 1}
 """After how many steps losses are looked at, by device; a look at a GPU's waits for all that it has still to do."""
 LOOK_ELSEWHERE = 50
 
+NORM_EVERY = 10
+"""Steps of an epoch from one look at the gradient's norm to the next; one takes as long as a pass over all weights."""
+MOST_SKIPPED = 100
+"""Steps that may be skipped one after the other."""
+
 _VALIDATION_ROWS = 1000
 """Rows of a validation batch, copies counted."""
 
 T = TypeVar("T")
 
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss that is NaN or infinite; training stopped before the step that it would have spoiled.
-
-    On a GPU, where losses are looked at every 50 steps, the weights may have been spoiled since, but none were written.
-    """
+_log = logging.getLogger(__name__)
 
 
 class Training:
@@ -77,6 +81,7 @@ class Training:
         fabric: Fabric,
         folder: Path | None,
         callbacks: tuple[Callable[[Run], Any], ...],
+        turn: Turn,
     ) -> None:
         self.run = run
         self.folder = folder
@@ -119,11 +124,15 @@ class Training:
                 "program would never move; train for longer, or choose a shorter warmup"
             )
         self.full = batches.rows_at(0)[0]
-        self.compiled = Compiled(self.programs) if options.compile is True and self._compilable else None
+        self.compiled = Compiled(self.programs) if options.compile is True and self._unscaled else None
         self.timed, self.fastest = 0, math.inf
         self.look_every = LOOK_EVERY.get(fabric.device.type, LOOK_ELSEWHERE)
-        self.unseen: list[_Seen] = []
+        self.unseen: list[Seen] = []
         self.failure: Exception | None = None
+        self.skips, self.in_a_row = options.non_finite == "skip", 0
+        self.stopping, self.others_asked = Stopping(), False
+        self.turn = turn
+        self.tally = Tally()
         self.share = 1.0
         self.step = 0
         self.best = -math.inf
@@ -136,7 +145,12 @@ class Training:
         return patience is not None and self.since_best >= patience
 
     @property
-    def _compilable(self) -> bool:
+    def asked_to_stop(self) -> bool:
+        """Whether this process was asked to stop, or of several any; all know it at the same step."""
+        return self.stopping.by is not None if self.processes.alone else self.others_asked
+
+    @property
+    def _unscaled(self) -> bool:
         # Scaled gradients are unscaled by Fabric, between its own backward pass and the step.
         return self.run.options.precision != "16-mixed"
 
@@ -153,6 +167,8 @@ class Training:
         read = None
         with self.processes.together():
             if self.folder is not None and self.processes.first:
+                for path in leftovers(self.folder):
+                    path.unlink()
                 if resume and (self.folder / CHECKPOINT).exists():
                     read = read_checkpoint(self, self.folder / CHECKPOINT)
                 elif overwrite:
@@ -171,16 +187,26 @@ class Training:
             with self.processes.together():
                 if self.folder is not None and first:  # so that the folder is known as a run's from the start
                     write_yaml(self.folder / SETTINGS, settings_of(self.run))
-            with progress_bar(disable=not (progress and first)) as bar:
+            # Without a folder there is nothing to be written before the end.
+            watched = self.stopping.watched() if self.folder is not None else nullcontext()
+            with watched, progress_bar(disable=not (progress and first)) as bar:
                 task = bar.add_task("fit", total=self.total, completed=self.step, loss="")
                 while self.step < self.total and not stop and not self.out_of_patience:
-                    stop = self._epoch(bar, task)
+                    lacking = None
+                    try:
+                        stop = self._epoch(bar, task)
+                    except torch.OutOfMemoryError as error:
+                        lacking = str(error)
+                    if lacking is not None:  # only now is the memory free that the error referred to
+                        raise torch.OutOfMemoryError(out_of_memory(self, lacking))
             self._take_averaged()
             if self.best_weights:
                 load_weights(self.run.programs, self.best_weights, "the best weights")
             with self.processes.together():
                 if self.folder is not None and first:
                     write_run(self.run, self.folder)
+            if self.stopping.by is not None:  # in the last step, and what follows this fit is not wanted
+                raise self.stopping.error()
         finally:
             self.programs.eval()
             for logger in self.fabric.loggers:
@@ -190,8 +216,7 @@ class Training:
         """Train to the end of the epoch, then measure, log and write; returns whether a callback wants to stop."""
         started = began = time.perf_counter()
         epoch, done = divmod(self.step, self.batches.per_epoch)
-        sums: dict[str, Tensor] = {}
-        rows = count = since = 0
+        tally, since = self.tally, 0
         self.programs.train()
         batches = self.batches.epoch(epoch, self.fabric.device, skip=done)
         for position in range(done, min(self.batches.per_epoch, done + self.total - self.step)):
@@ -201,33 +226,41 @@ class Training:
             if not self.unseen:
                 began, since = time.perf_counter(), 0
             self._critic_steps(own or 1)
-            metrics = self._step(batch or ())
-            rows, count, since = rows + whole, count + 1, since + 1
-            for name, value in metrics.items():
-                value = value if self.processes.alone else self._weighted(value)
-                sums[name] = sums[name] + value if name in sums else value
+            figures = self._step(batch or ())
+            tally.rows, since = tally.rows + whole, since + 1
+            if figures:
+                alone = self.processes.alone
+                tally.add(figures if alone else {name: self._weighted(x) for name, x in figures.items()})
             if not self.unseen:
                 self._consider_compiling((time.perf_counter() - began) / since, since)
-                if not bar.disable:
-                    bar.update(task, completed=self.step, loss=f"loss {metrics['loss']:.2f}")
+                if not bar.disable and figures:
+                    bar.update(task, completed=self.step, loss=f"loss {figures['loss']:.2f}")
+            if self.asked_to_stop:
+                break
+            self.turn.offer()
         if self.unseen:
             self._look()
-        self._check_weights()
+        check_weights(self)
         seconds = time.perf_counter() - started
         self.run.seconds += seconds
+        tally.seconds += seconds
+        if self.asked_to_stop and self.step % self.batches.per_epoch and self.step < self.total:
+            self._stop()
         if self.compiled is not None:
             self.run.compile_seconds += self.compiled.seconds
             self.compiled.seconds = 0.0
-        totals = zip(sums, self.processes.sum([*sums.values()]), strict=True)
-        means = {name: total / count for name, total in totals}
+        means = tally.means(dict(zip(tally.sums, self.processes.sum([*tally.sums.values()]), strict=True)))
         bound = self._validate(epoch)
-        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step} | means | {"validation": math.nan}
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.step, "loss": math.nan, **means, "validation": math.nan}
         row[self.run.objective.validates_as or "validation"] = bound
-        row |= {"learning_rate": self.optimizers["program"].param_groups[0]["lr"], "seconds": self.run.seconds}
-        row["rows_per_second"] = rows / seconds
+        row["learning_rate"] = self.optimizers["program"].param_groups[0]["lr"]
+        row |= {GRADIENT_NORM: row.pop(GRADIENT_NORM, math.nan), "seconds": self.run.seconds}
+        row["rows_per_second"] = tally.rows / tally.seconds
+        if self.skips:
+            row["skipped"] = tally.skipped
         with self.processes.together():
             if self.processes.first:
-                self.watch.look(means, count, self.settling)
+                self.watch.look(means, tally.steps, self.settling)
                 if self.local:
                     row[INACTIVE_UNITS] = self._inactive_units()
                 figures = {name: value for name, value in row.items() if name != INACTIVE_UNITS}
@@ -235,7 +268,18 @@ class Training:
                 self.fabric.log_dict(known, step=self.step)
         history, last = self.run.history, pd.DataFrame([self.processes.broadcast(row)])
         self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
-        return self._finish_epoch(epoch)
+        self.tally = Tally()
+        stop = self._finish_epoch(epoch)
+        if self.asked_to_stop and self.step < self.total and not stop and not self.out_of_patience:
+            self._stop()
+        return stop
+
+    def _stop(self) -> None:
+        """Write a checkpoint and end as who asked for it wants it."""
+        self._checkpoint()
+        if self.processes.first:
+            _log.warning("stopped after step %d; resume=True goes on from %s", self.step, self.folder)
+        raise self.stopping.error()
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """One step of the optimizer; returns the figures of its batch, without gradients."""
@@ -244,10 +288,18 @@ class Training:
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rates[name] * factor
+        buffers = self._kept_buffers()
         estimate = self._tried(lambda: self._gradients(batch))
         loss = self._no_loss() if estimate is None else estimate.loss.detach()
         agreed = self._averaged(loss)
-        self.unseen.append(_Seen(self.step, agreed, loss, self.share, {} if estimate is None else estimate.metrics))
+        looked = {}
+        if self.skips or (self.tally.steps % NORM_EVERY == 0 and self._unscaled):
+            looked[GRADIENT_NORM] = self._norm(self.trained)
+        if self.skips and not self._sound(agreed, *looked.values(), self._norm(self.critics)):
+            self._skip(buffers)
+            return {}
+        self.in_a_row = 0
+        self.unseen.append(Seen(self.step, agreed, loss, self.share, {} if estimate is None else estimate.metrics))
         if len(self.unseen) >= self.look_every:
             self._look(estimate, batch)
         for name, stepper in self.steppers.items():
@@ -257,7 +309,30 @@ class Training:
         self.step += 1
         if estimate is None:
             return {}
-        return {"loss": loss if estimate.of_program is None else estimate.of_program} | estimate.metrics
+        return {"loss": loss if estimate.of_program is None else estimate.of_program} | estimate.metrics | looked
+
+    def _kept_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers with what they hold, where a step may be skipped."""
+        return [(buffer, buffer.clone()) for buffer in self.programs.buffers()] if self.skips else []
+
+    def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.fabric.device)
+
+    def _sound(self, *values: Tensor) -> bool:
+        return math.isfinite(torch.stack(values).sum().item())
+
+    def _skip(self, buffers: list[tuple[Tensor, Tensor]]) -> None:
+        """Leave all as it was before the step, but the random state, so that what comes has other draws."""
+        with self.processes.together():
+            if self.failure is not None:
+                raise self.failure
+            _give_back(buffers)
+            self.tally.skipped, self.in_a_row = self.tally.skipped + 1, self.in_a_row + 1
+            if self.in_a_row == MOST_SKIPPED:
+                what = f"loss or gradients of {MOST_SKIPPED} steps one after the other are not finite, the last"
+                raise NonFiniteLoss(explained(self, what, "a place that non_finite='stop' names", self.step))
+            self.step += 1
 
     def _tried(self, compute: Callable[[], T]) -> T | None:
         """What is computed. Where several processes train, one that fails goes on with NaN until all have seen it."""
@@ -275,7 +350,8 @@ class Training:
             return loss
         buffers = [each for each in self.programs.buffers() if each.is_floating_point()]
         share = 1.0 if self.failure else self.share
-        return self.processes.average([*self.trained, *self.critics], loss, share, buffers)
+        asked = self.stopping.by is not None
+        return self.processes.average([*self.trained, *self.critics], loss, share, buffers, asked=asked)
 
     def _no_loss(self) -> Tensor:
         return torch.full((), torch.nan, device=self.fabric.device)
@@ -288,19 +364,9 @@ class Training:
         seen, self.unseen = self.unseen, []
         values = [seen[0].agreed.item()] if len(seen) == 1 else torch.stack([each.agreed for each in seen]).tolist()
         bad = next((each for each, value in zip(seen, values, strict=True) if not math.isfinite(value)), None)
+        self.others_asked |= not self.processes.alone and any(value > 0 for value in values)
         if bad is not None:
-            self._stop_at(bad, estimate if bad is seen[-1] else None, batch)
-
-    def _stop_at(self, bad: "_Seen", estimate: Estimate | None, batch: tuple[Tensor, ...]) -> None:
-        """Raise the same error in all processes, for a loss that is not finite or for what kept one from having any."""
-        what = None
-        with self.processes.together():
-            if self.failure is not None:
-                raise self.failure
-            if bad.share and not math.isfinite(loss := bad.own.item()):
-                origin = bad.origin() if estimate is None else self._origin(estimate, batch)
-                what = self._explain(f"the loss is {loss}", origin, bad.step)
-        raise NonFiniteLoss(next(what for what in self.processes.gather(what) if what is not None))
+            stop_at(self, bad, estimate if bad is seen[-1] else None, batch)
 
     def _gradients(self, batch: tuple[Tensor, ...]) -> Estimate:
         """The estimate of a batch, with the gradients of all parameters in place."""
@@ -313,25 +379,9 @@ class Training:
         self.fabric.backward(loss)
         return self.programs.latest  # type: ignore[return-value]
 
-    def _origin(self, estimate: Estimate, batch: tuple[Tensor, ...]) -> str:
-        """Where a loss that is not finite began."""
-        if estimate.of_program is not None and math.isfinite(estimate.of_program.item()):
-            return "the critics' own loss, whose learning rate is that of critic=CriticOptions(learning_rate=...)"
-        if estimate.terms is None:  # of a compiled step, which keeps no traces
-            try:
-                with torch.no_grad(), self.fabric.autocast():
-                    again = self.programs(*batch)
-            except Exception as error:
-                return f"what can't be told, for the batch once more raised {type(error).__name__}: {error}"
-            if math.isfinite(again.item()):
-                return "what can't be told, for the batch once more, with other draws, gave a finite loss"
-            estimate = self.programs.latest  # type: ignore[assignment]
-        assert estimate.terms is not None
-        return estimate.terms.origin_of_nan()
-
     def _consider_compiling(self, seconds: float, steps: int) -> None:
         """Compile from here on where that is left to the time that it saves."""
-        if self.run.options.compile != "auto" or self.compiled is not None or not self._compilable:
+        if self.run.options.compile != "auto" or self.compiled is not None or not self._unscaled:
             return
         before, enough = self.timed, max(TIMED, 2 * self.look_every)
         self.timed += steps
@@ -351,9 +401,13 @@ class Training:
     def _critic_steps(self, rows: int) -> None:
         """The steps that critics take before the one that they share with the program."""
         for _ in range(self.critic_steps - 1):
+            buffers = self._kept_buffers()
             loss = self._tried(lambda: self._critic_gradients(rows))
-            self.processes.average(self.critics, self._no_loss() if loss is None else loss, self.share)
-            self._move(self.steppers["critic"])
+            agreed = self.processes.average(self.critics, self._no_loss() if loss is None else loss, self.share)
+            if self.skips and not self._sound(agreed, self._norm(self.critics)):
+                _give_back(buffers)
+            else:
+                self._move(self.steppers["critic"])
 
     def _critic_gradients(self, rows: int) -> Tensor:
         """The critics' loss on rows drawn at random, with their gradients in place."""
@@ -389,29 +443,6 @@ class Training:
         with torch.no_grad():
             for p, value in zip(self.trained, self.averaged, strict=False):
                 p.copy_(value)
-
-    def _spoiled(self) -> list[str]:
-        """Names of the parameters that are not finite."""
-        return [name for name, p in self.run.programs.named_parameters() if not torch.isfinite(p).all()]
-
-    def _check_weights(self) -> None:
-        with self.processes.together():
-            if spoiled := self._spoiled():
-                origin = f"the gradient of {spoiled[0]}"
-                raise NonFiniteLoss(self._explain("the last step has spoiled weights", origin, self.step))
-
-    def _explain(self, what: str, origin: str, step: int) -> str:
-        # Of an earlier step's weights nothing is known any more.
-        if step == self.step and (spoiled := self._spoiled()):
-            origin = f"{origin}, for the step before made {spoiled[0]} not finite"
-        where = "no checkpoint was written"
-        if self.folder is not None and (self.folder / CHECKPOINT).exists():
-            where = f"the last good checkpoint is {self.folder / CHECKPOINT}"
-        epoch = step // self.batches.per_epoch + 1
-        return (
-            f"{what} at step {step + 1} (epoch {epoch}); it began at {origin}. Training stopped and "
-            f"{where}. Try a smaller learning_rate, or gradient_clip=1.0"
-        )
 
     def _validate(self, epoch: int) -> float:
         """Mean bound on the validation data from the same draws at every epoch, or NaN if it is not yet time."""
@@ -467,7 +498,7 @@ class Training:
     def _checkpoint(self) -> None:
         """Write everything needed to go on, the random states of all processes included."""
         if self.folder is not None:
-            states = self.processes.gather(random_state(self.fabric.device))
+            states = self.processes.gather((random_state(self.fabric.device), self.tally))
             with self.processes.together():
                 if self.processes.first:
                     write_checkpoint(self, self.folder / CHECKPOINT, states)
@@ -475,21 +506,10 @@ class Training:
                         write_run(self.run, self.folder)
 
 
-@dataclass(slots=True)  # frozen it would take four times as long to make
-class _Seen:
-    """What is kept of a step until its loss is looked at; ``agreed`` is finite where that of every process is."""
-
-    step: int
-    agreed: Tensor
-    own: Tensor
-    share: float
-    metrics: dict[str, Tensor]
-
-    def origin(self) -> str:
-        """Where a loss began that is not finite, as far as figures tell."""
-        odd = [name for name, value in self.metrics.items() if not math.isfinite(value.item())]
-        where = f"its figures {', '.join(odd)}" if odd else "what none of its figures shows"
-        return f"{where} (device='cpu' names the site, for there every loss is looked at)"
+def _give_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def progress_bar(*, disable: bool = False) -> Progress:

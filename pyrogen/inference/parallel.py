@@ -215,7 +215,13 @@ class Processes:
         return total.tolist()
 
     def average(
-        self, parameters: Sequence[nn.Parameter], loss: Tensor, share: float, buffers: Sequence[Tensor] = ()
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss: Tensor,
+        share: float,
+        buffers: Sequence[Tensor] = (),
+        *,
+        asked: bool = False,
     ) -> Tensor:
         """Put the gradient of all processes in place of this one's, in one exchange.
 
@@ -225,9 +231,11 @@ class Processes:
             loss: That of this process.
             share: The weight of this process's gradients.
             buffers: Floating tensors that get the value that they have in the first process.
+            asked: Whether this process was asked to stop.
 
         Returns:
-            The loss, or of several processes 0 if theirs are finite and NaN if one is not; it stays on the device.
+            The loss, or of several processes NaN if one of theirs is not finite, above 0 if one was asked to stop, and
+            else 0; it stays on the device.
         """
         if self.alone:
             return loss
@@ -240,7 +248,7 @@ class Processes:
         gradients: list[Any] = [p.grad for p in parameters]
         with torch.no_grad():
             kept = [b if self.first else torch.zeros_like(b) for b in buffers]
-            whole = torch.cat([(loss * 0).reshape(1), here, *(x.reshape(-1) for x in (*gradients, *kept))])
+            whole = torch.cat([(loss * 0 + asked).reshape(1), here, *(x.reshape(-1) for x in (*gradients, *kept))])
             own = whole[: len(whole) - sum(b.numel() for b in buffers)]
             _ = own.mul_(share) if share else own.zero_()  # for 0 · NaN is not 0
             distributed.all_reduce(whole)

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyrogen.inference.turns import turn
+
 __all__ = [
     "Copies",
     "Program",
@@ -209,20 +211,21 @@ def before(names: Iterable[str], name: str) -> list[str]:
 
 @contextmanager
 def evaluation_mode(*programs: Callable | None) -> Iterator[None]:
-    """Within, programs and their modules are in evaluation mode; each gets its own mode back."""
-    modules = [module for program in programs for root in modules_of(program) for module in root.modules()]
-    modes = [module.training for module in modules]
-    # Pyro's store would have every parameter that it sees trained.
-    frozen = [p for module in modules for p in module.parameters(recurse=False) if not p.requires_grad]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    """Within, programs and their modules are in evaluation mode; each gets its own mode back. Other threads wait."""
+    with turn():
+        modules = [module for program in programs for root in modules_of(program) for module in root.modules()]
+        modes = [module.training for module in modules]
+        # Pyro's store would have every parameter that it sees trained.
+        frozen = [p for module in modules for p in module.parameters(recurse=False) if not p.requires_grad]
+        for module in modules:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
 
 @contextmanager

@@ -24,13 +24,12 @@ from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.distributions.mixtures import Vamp
 from pyrogen.distributions.semi_implicit import has_stochastic_density
 from pyrogen.inference.batches import CHUNK, Batches, training_and_validation
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import draw_only, is_masked
 from pyrogen.inference.expectation_maximisation import FAMILIES, expectation_maximisation, start_at_moments
 from pyrogen.inference.guides import AmortizedGuide
-from pyrogen.inference.loop import NonFiniteLoss, Training
+from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import ELBO
 from pyrogen.inference.programs import (
     Program,
@@ -46,6 +45,8 @@ from pyrogen.inference.programs import (
 )
 from pyrogen.inference.run import FitOptions, Run
 from pyrogen.inference.terms import frozen
+from pyrogen.inference.trouble import NonFiniteLoss
+from pyrogen.inference.turns import Turn, seeded
 from pyrogen.inference.with_prior import SECOND, TwoStageGuide, WithPrior
 from pyrogen.models.latent import LatentVariableModel
 
@@ -374,7 +375,8 @@ def _fitted(
     stage.objective.prepare(model, guide, *example)
     index = draws.device.index
     fabric = Fabric(accelerator=draws.device.type, devices=1 if index is None else [index])
-    Training(stage, draws, validation, fabric, None, ()).go(progress)
+    with Turn(draws.device) as turn:
+        Training(stage, draws, validation, fabric, None, (), turn).go(progress)
     return stage
 
 

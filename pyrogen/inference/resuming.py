@@ -13,12 +13,13 @@ from pyrogen.inference.checkpoints import (
     load_weights,
     optimizer_state,
     read_tensors,
-    set_random_state,
     unique_tensors,
     write_tensors,
 )
 from pyrogen.inference.compilation import Compiled
 from pyrogen.inference.run import settings_of
+from pyrogen.inference.tally import Tally
+from pyrogen.inference.turns import set_random_state
 from pyrogen.inference.watch import CriticWatch
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ __all__ = ["CHECKPOINT", "check_alike", "read_checkpoint", "restore", "write_che
 CHECKPOINT = "checkpoint.safetensors"
 MAY_CHANGE = ("epochs", "steps", "patience", "device", "checkpoint_every", "loader_workers")
 """Options that another part of the same run may have."""
-WHERE_THERE_WERE_NONE: dict[str, Any] = {"matmul_precision": "highest"}
+WHERE_THERE_WERE_NONE: dict[str, Any] = {"matmul_precision": "highest", "non_finite": "stop"}
 """Options that checkpoints of earlier versions lack, and what fits did then."""
 
 
-def write_checkpoint(training: "Training", path: Path, states: list[dict[str, Tensor]]) -> None:
-    """Write everything needed to go on into one file, the random states of all processes included."""
+def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[str, Tensor], Tally]]) -> None:
+    """Write everything needed to go on into one file, random states and tallies of all processes included."""
     run = training.run
     tensors = {f"weights.{name}": value for name, value in unique_tensors(run.programs).items()}
     tensors |= {f"best.{name}": value for name, value in training.best_weights.items()}
@@ -43,8 +44,9 @@ def write_checkpoint(training: "Training", path: Path, states: list[dict[str, Te
     for kind, optimizer in training.optimizers.items():
         moments, optimizers[kind] = optimizer_state(optimizer)
         tensors |= {f"optimizer.{kind}.{name}": value for name, value in moments.items()}
-    for rank, state in enumerate(states):
-        tensors |= {f"{_random_of(rank)}{name}": value for name, value in state.items()}
+    for rank, (state, tally) in enumerate(states):
+        tensors |= {f"{_of('random', rank)}{name}": value for name, value in state.items()}
+        tensors |= {f"{_of('tally', rank)}{name}": value for name, value in tally.sums.items()}
     values = {
         "step": training.step,
         "best": None if math.isinf(training.best) else training.best,
@@ -55,6 +57,7 @@ def write_checkpoint(training: "Training", path: Path, states: list[dict[str, Te
         "history": run.history.to_dict("list"),
         "optimizers": optimizers,
         "watch": training.watch.state(),
+        "tallies": [tally.counts() for _, tally in states],
         "compiled": training.compiled is not None,
         "precision": training.fabric.strategy.precision.state_dict(),
         "identity": _identity(training),
@@ -120,7 +123,11 @@ def _restore(training: "Training", tensors: dict[str, Tensor], values: dict[str,
     run.objective.step, run.seconds = values["objective_step"], values["seconds"]
     run.compile_seconds = values["compile_seconds"]
     run.history = pd.DataFrame(values["history"])
-    set_random_state(under(_random_of(training.processes.rank)), training.fabric.device)
+    rank, device = training.processes.rank, training.fabric.device
+    sums = {name: value.to(device) for name, value in under(_of("tally", rank)).items()}
+    counts = values.get("tallies", {})  # which checkpoints of earlier versions lack, for they end with an epoch
+    training.tally = Tally(sums, **(counts[rank] if counts else {}))
+    set_random_state(under(_of("random", rank)), device)
 
 
 def check_alike(training: "Training") -> None:
@@ -150,9 +157,9 @@ def check_alike(training: "Training") -> None:
             )
 
 
-def _random_of(rank: int) -> str:
-    """How names of a process's random states begin."""
-    return f"random of {rank}." if rank else "random."
+def _of(what: str, rank: int) -> str:
+    """How names of what a process has begin."""
+    return f"{what} of {rank}." if rank else f"{what}."
 
 
 def _identity(training: "Training") -> dict[str, Any]:

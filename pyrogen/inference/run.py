@@ -21,15 +21,16 @@ from torch import nn
 from pyrogen.configuration import build, describe
 from pyrogen.inference.checkpoints import (
     atomically,
+    leftovers,
     load_weights,
     read_tensors,
-    seeded,
     unique_tensors,
     write_tensors,
 )
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import is_first
 from pyrogen.inference.programs import Program, as_module, make_example
+from pyrogen.inference.turns import seeded
 
 __all__ = ["CriticOptions", "FitOptions", "OutputExistsError", "Run", "load", "prepare_folder", "save", "write_yaml"]
 
@@ -95,6 +96,7 @@ class FitOptions:
     compile: bool | Literal["auto"] = False
     loader_workers: int = 0
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    non_finite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -108,6 +110,8 @@ class FitOptions:
             raise ValueError(f"loader_workers is how many processes read data, 0 for none besides, got {loaders!r}")
         if self.matmul_precision not in ("highest", "high", "medium"):
             raise ValueError(f"matmul_precision is 'highest', 'high' or 'medium', got {self.matmul_precision!r}")
+        if self.non_finite not in ("stop", "skip"):
+            raise ValueError(f"non_finite is 'stop' or 'skip', got {self.non_finite!r}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -143,21 +147,24 @@ class Run:
         model: The model's program, a module.
         guide: The guide's program, a module, or None.
         objective: What was minimised.
-        history: One row for each epoch: ``epoch, step, loss, distortion, rate, validation, learning_rate, seconds,
-            rows_per_second``; loss, distortion and rate are the epoch's means and ``validation`` the bound on the
-            validation data, in nats per observation. Where a critic has a part in them the names are ``rate_estimate``,
-            ``marginal_kl_estimate`` and ``validation_estimate``; of critics there are ``critic_loss``, what they say of
-            the model's data (``verdict_samples``, ``verdict_reconstructions``), and the share of draws that each tells
-            apart, ``accuracy_`` and its name; at a site with an implicit prior there are ``accuracy_<site>_prior`` for
-            the critic that teaches this and, with an adaptive contrast, ``accuracy_<site>_model``. The loss is the
+        history: One row for each epoch: ``epoch, step, loss, distortion, rate, validation, learning_rate,
+            gradient_norm, seconds, rows_per_second``; loss, distortion and rate are the epoch's means and
+            ``validation`` the bound on the validation data, in nats per observation; the norm is that of the program's
+            gradient before any clipping, mean of every tenth step. With ``non_finite="skip"`` there is ``skipped``.
+            Where a critic has a part in them the names are ``rate_estimate``, ``marginal_kl_estimate`` and
+            ``validation_estimate``; of critics there are ``critic_loss``, what they say of the model's data
+            (``verdict_samples``, ``verdict_reconstructions``), and the share of draws that each tells apart,
+            ``accuracy_`` and its name; at a site with an implicit prior there are ``accuracy_<site>_prior`` for the
+            critic that teaches this and, with an adaptive contrast, ``accuracy_<site>_model``. The loss is the
             program's alone. With a guide of per-observation sites there is ``inactive_units``: at the end of the epoch,
-            the latent units whose posterior mean has a variance of at most 0.01 over up to 1000 rows for validation,
-            or where there are none of these for training, as ``z[0] z[3]`` or ``none``.
+            the latent units whose posterior mean has a variance of at most 0.01 over up to 1000 rows for validation, or
+            where there are none of these for training, as ``z[0] z[3]`` or ``none``.
         options: How it was fitted.
         data: What :func:`pyrogen.data.load` can load again, or None for data of the user's own.
         example: Shape and type of each tensor of a batch of two rows.
         seconds: Time spent in training.
         compile_seconds: What compiling took of that.
+        made: By which command, from which revision of the code around it, on which machine.
     """
 
     model: nn.Module
@@ -169,6 +176,7 @@ class Run:
     example: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +212,7 @@ def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) ->
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; give the path of a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not {*folder.iterdir()} - {*leftovers(folder)}:
         return folder
     if not (overwrite or resume):
         raise OutputExistsError(
@@ -241,6 +249,7 @@ def settings_of(run: Run) -> dict[str, Any]:
         "example": run.example,
         "seconds": run.seconds,
         "compile_seconds": run.compile_seconds,
+        "made": run.made,
     }
     seen: dict[int, tuple[Any, Any]] = {}
     for name in ("model", "guide", "objective"):
@@ -351,6 +360,7 @@ def load(
             example=settings["example"],
             seconds=settings["seconds"],
             compile_seconds=settings.get("compile_seconds", 0.0),
+            made=settings.get("made", {}),
         )
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise ValueError(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrogen.inference.checkpoints import seeded
 from pyrogen.inference.programs import modules_of
+from pyrogen.inference.turns import seeded
 
 __all__ = ["Traced", "lowered", "reason"]
 

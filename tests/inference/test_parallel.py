@@ -25,7 +25,18 @@ import pyrogen as pg
 from pyrogen import cli
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Delta, Implicit, NormalLikelihood, StandardNormal
-from pyrogen.inference import AVB, ELBO, GAN, AmortizedGuide, NonFiniteLoss, OutputExistsError, Run, compilation, fit
+from pyrogen.inference import (
+    AVB,
+    ELBO,
+    GAN,
+    AmortizedGuide,
+    NonFiniteLoss,
+    OutputExistsError,
+    Run,
+    compilation,
+    fit,
+    loop,
+)
 from pyrogen.inference.checkpoints import read_tensors
 from pyrogen.inference.loop import CHECKPOINT, Training
 from pyrogen.inference.parallel import Processes, alone, connect, environment, is_first
@@ -211,13 +222,13 @@ def sick(**given) -> Run:
 def changed(again, **given) -> Run:
     """A compiled fit whose program does something else when it is run once more for the place of a NaN."""
     with pytest.MonkeyPatch.context() as patch:
-        stop_at = Training._stop_at
+        stop_at = loop.stop_at
 
-        def changing(self, *arguments):
+        def changing(*arguments):
             patch.setattr(Sick, "forward", again)
-            stop_at(self, *arguments)
+            stop_at(*arguments)
 
-        patch.setattr(Training, "_stop_at", changing)
+        patch.setattr(loop, "stop_at", changing)
         patch.setattr(compilation, "lowered", lambda graph, inputs: graph)
         return sick(compile=True, seed=1, **given)  # of which the NaN is in a batch of full size, and not the first
 
@@ -270,6 +281,7 @@ def main(folder: Path) -> None:
         calls.append(rank())
         return True
 
+    results["skipped"] = found(sick(non_finite="skip", epochs=3))
     called = noisy(callbacks=[stop])
     results["calls"] = calls, len(called.history)
     pg.save(called, folder / "saved")
@@ -400,6 +412,13 @@ def test_going_on_gives_the_run_never_interrupted(together):
     assert pg.load(folder / "part").history["step"].tolist() == [5, 7, 14, 17]
     with pytest.raises(ValueError, match="differs: processes was 2 and is 1"):
         noisy(out=folder / "part", resume=True, steps=20)
+
+
+def test_all_skip_a_step_that_one_can_not_take(together):
+    _, results, *_ = together
+    assert_same(results[0]["skipped"], results[1]["skipped"], rel=0.0)
+    assert results[0]["skipped"]["history"]["skipped"] == [1, 1, 1]
+    assert torch.isfinite(torch.tensor(results[0]["skipped"]["history"]["loss"])).all()
 
 
 def test_the_first_calls_back_and_all_stop(together):

@@ -33,8 +33,8 @@ from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 from pyrogen.networks import MLP
 
 COLUMNS = [
-    *("epoch", "step", "loss", "distortion", "rate", "validation", "learning_rate", "seconds", "rows_per_second"),
-    "inactive_units",
+    *("epoch", "step", "loss", "distortion", "rate", "validation", "learning_rate", "gradient_norm", "seconds"),
+    *("rows_per_second", "inactive_units"),
 ]
 
 

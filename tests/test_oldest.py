@@ -1,0 +1,17 @@
+"""The file of oldest versions names what pyproject.toml asks for, and no other version."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_oldest_versions_are_those_that_are_asked_for():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = dict(re.sub(r"\[.*?\]", "", each).split(">=") for each in asked)
+    lines = (ROOT / "constraints" / "oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pinned.keys() == lowest.keys()
+    for name, version in pinned.items():
+        assert (version + ".0.0").startswith(lowest[name] + "."), name
