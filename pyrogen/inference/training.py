@@ -118,7 +118,7 @@ def fit(
         non_finite: What to do at a step whose loss or gradients are NaN or infinite: ``"stop"`` with an error that
             names the site where that began, or ``"skip"`` the step and give buffers back what they held; the history
             counts them in ``skipped``, and 100 one after the other stop. Gradients are then looked at in every step,
-            which costs about 3 % of it, and more on a GPU, which is waited for.
+            which costs about 2 % of it, and more on a GPU, which is waited for.
 
     With ``out=``, the first Ctrl-C or SIGTERM lets the step end and writes a checkpoint from which ``resume=True`` goes
     on, bit for bit; the second stops at once. On a GPU losses are looked at every 50 steps and at the end of an epoch,
