@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrogen.distributions.bounds import finite_gradient
+
 __all__ = [
     "SMALLEST_SCALE",
     "LocationScale",
@@ -122,7 +124,7 @@ def positive(raw: Tensor) -> Tensor:
     The floor keeps log-densities finite when a decoder fits a pixel exactly; growth is linear, so nothing
     overflows.
     """
-    return SMALLEST_SCALE + F.softplus(raw)
+    return SMALLEST_SCALE + F.softplus(finite_gradient(raw))
 
 
 class LocationScale(nn.Module):

@@ -3,6 +3,9 @@
 A *family* is a class of conditional distribution: an ``nn.Module`` whose call returns a Pyro distribution. Called as
 ``family(features, context)`` it builds one; with ``context=0`` its parameters are free and it can serve as a prior,
 with a context its parameters are a linear map of the context and it can serve as an amortised posterior.
+
+Log-densities, of these families and of the other ones, hold in single precision for all parameters and values up to
+1e30: they are never NaN nor ∞, and -∞ only below -3.4e38, where single precision ends. Gradients are finite.
 """
 
 import math
@@ -14,6 +17,8 @@ from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyrogen.distributions.bounds import finite_gradient
+from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal
 from pyrogen.networks.mlp import as_shape
 
 __all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "positive_scale"]
@@ -29,7 +34,8 @@ def positive_scale(raw: Tensor) -> Tensor:
     .. math:: s = 10^{-6} + \log(1 + (e - 1) \exp(r))
 
     It falls exponentially but grows linearly, so that a context far from those seen in training can neither make it
-    vanish nor explode.
+    vanish nor explode: the logarithm is bounded from below and grows as that of ``raw``. It needs no bound from above,
+    since densities hold for every scale that a network can put out.
     """
     return SMALLEST_SCALE + softplus(raw + UNIT_OFFSET)
 
@@ -105,7 +111,7 @@ class StandardNormal(nn.Module):
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         batch = () if context is None else context.shape[:-1]
         zero = self.zero.expand(batch + self.shape)
-        return dist.Normal(zero, torch.ones_like(zero)).to_event(len(self.shape))
+        return SafeNormal(zero, torch.ones_like(zero)).to_event(len(self.shape))
 
     def extra_repr(self) -> str:
         return f"{self.features}"
@@ -141,11 +147,11 @@ class Normal(nn.Module):
         self.parameters_of.start_at(torch.zeros(size), size)
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
-        loc, raw = self.parameters_of(context).chunk(2, -1)
+        loc, raw = finite_gradient(self.parameters_of(context)).chunk(2, -1)
         if len(self.shape) != 1:
             shape = loc.shape[:-1] + self.shape
             loc, raw = loc.reshape(shape), raw.reshape(shape)
-        return dist.Normal(loc, positive_scale(raw)).to_event(len(self.shape))
+        return SafeNormal(loc, positive_scale(raw)).to_event(len(self.shape))
 
 
 class MultivariateNormal(nn.Module):
@@ -182,11 +188,11 @@ class MultivariateNormal(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         d = math.prod(self.shape)
-        parameters = self.parameters_of(context)
+        parameters = finite_gradient(self.parameters_of(context))
         loc, raw, below = parameters.split([d, d, self.lower.shape[1]], -1)
-        tril = torch.diag_embed(torch.ones_like(raw))
-        tril[..., self.lower[0], self.lower[1]] = below
-        normal = dist.MultivariateNormal(loc, scale_tril=positive_scale(raw).unsqueeze(-1) * tril)
+        unit = torch.diag_embed(torch.ones_like(raw))
+        unit[..., self.lower[0], self.lower[1]] = below
+        normal = SafeMultivariateNormal(loc, positive_scale(raw), unit)
         if len(self.shape) == 1:
             return normal
         return dist.TransformedDistribution(normal, [ReshapeTransform(torch.Size((d,)), torch.Size(self.shape))])

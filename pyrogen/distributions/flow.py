@@ -14,12 +14,19 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
+from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.distributions.flow_transforms import BUILDERS, Builder, Layer, Name, element_wise_spline
+from pyrogen.distributions.normals import SafeNormal
 from pyrogen.networks.mlp import as_shape
 
 __all__ = ["Flow"]
 
+FARTHEST = 0.73
+"""The power of the largest number to which standardised values are cut, 1e28 in single precision.
+
+Ten layers of scales exp(±2) can neither make more of that than there is, nor so little that its density is not zero.
+"""
 Direction = Literal["sampling", "density"]
 
 
@@ -48,7 +55,7 @@ class Flow(nn.Module):
 
     A single feature cannot be split or ordered: for it, all but ``"planar"`` are an element-wise spline,
     since an affine flow of one feature is only a normal distribution. What shapes a layer
-    (log-scales; the splines' widths, heights and slopes) is bounded smoothly: in single precision, 8
+    (log-scales; the splines' widths, heights and slopes; shifts, by 1e6) is bounded smoothly: in single precision, 8
     layers of moderate weights are inverted to about 1e-5 nats. Deep stacks of steep splines lose more; use
     double precision where it matters.
 
@@ -118,7 +125,7 @@ class Flow(nn.Module):
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
-        loc, raw_scale = self.affine(context).chunk(2, -1)
+        loc, raw_scale = finite_gradient(self.affine(context)).chunk(2, -1)
         # Conditional transforms serve both cases: where there is no context, they are given one of width 0.
         given = loc.new_empty(0) if context is None else context
         # The transforms are made anew for every distribution, since they hold the caches of what was drawn:
@@ -129,15 +136,23 @@ class Flow(nn.Module):
             steps = [steps[0], *chain.from_iterable(zip(shuffles, steps[1:], strict=True))]
         if self.fast == "density":
             steps = [step.inv for step in reversed(steps)]
-        steps.append(T.AffineTransform(loc, positive_scale(raw_scale), event_dim=1, cache_size=1))
+        steps.append(Standardising(loc, positive_scale(raw_scale), event_dim=1, cache_size=1))
         if len(self.shape) != 1:
             steps.append(T.ReshapeTransform(loc.shape[-1:], Size(self.shape), cache_size=1))
         zero = self.zero.expand(loc.shape)
-        base = dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+        base = SafeNormal(zero, torch.ones_like(zero)).to_event(1)
         return FlowDistribution(base, steps, named(self.transform), self.fast)
 
     def extra_repr(self) -> str:
         return f"{self.features}, context={self.context}, transform={named(self.transform)}, {self.fast}"
+
+
+class Standardising(T.AffineTransform):
+    """Location and scale; its inverse keeps values far out from overflowing in the layers."""
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        farthest = torch.finfo(y.dtype).max ** FARTHEST
+        return super()._inverse(y).clamp(-farthest, farthest)
 
 
 class FlowDistribution(dist.TransformedDistribution):

@@ -129,30 +129,32 @@ def _log_normal_cdf(t: Tensor) -> Tensor:
     """log Phi(t), whose derivative is right in both tails (that of torch.special.log_ndtr overflows)."""
     left = t < 0
     u = torch.where(left, t, 0.0)
-    tail = -0.5 * u.square() + torch.log(0.5 * torch.special.erfcx(-u / math.sqrt(2)))
+    tail = -0.5 * u * u + torch.log(0.5 * torch.special.erfcx(-u / math.sqrt(2)))
     return torch.where(left, tail, torch.log1p(-0.5 * torch.erfc(torch.where(left, 0.0, t) / math.sqrt(2))))
 
 
-def _log_normal_interval(offset: Tensor, width: Tensor) -> Tensor:
-    """The log-mass of a standard normal on an interval, by its width and its middle's offset in widths.
+def _log_normal_interval(offset: Tensor, spread: Tensor) -> Tensor:
+    """The log-mass of a standard normal on an interval, by the scale and its middle's offset, both in widths.
 
     Whole offsets keep the edges that neighbours share the same number, so that masses add up in float32 too.
 
     A wide interval is a difference of CDFs, scaled by its larger density where it lies in a tail. A narrow
     one would cancel: it is the density, exactly integrated for its slope and to first order in width^2 for
     its curvature, which is right to 1e-8 at the switch. Each branch gets harmless arguments where another is
-    chosen, so gradients stay finite.
+    chosen, so gradients stay finite. Offsets are divided by the spread: times the width, its inverse, their
+    gradient would overflow.
     """
-    d = offset.abs()
-    t = d * width
+    d, width = offset.abs(), 1 / spread
+    t = d / spread
     narrow = width < 0.05
     w = torch.where(narrow, width, 0.05)
     s = torch.where(narrow, t * w / 2, 0.0)
     curvature = w.square() / 8 * (1 - 2 * langevin_ratio(s))
     slope = torch.log(w) + log_sinhc(s) - curvature
-    density = -0.5 * torch.where(narrow, t, 0.0).square() - 0.5 * math.log(2 * math.pi) + slope
+    near = torch.where(narrow, t, 0.0)
+    density = -0.5 * near * near - 0.5 * math.log(2 * math.pi) + slope
 
-    near, far = (d - 0.5) * width / math.sqrt(2), (d + 0.5) * width / math.sqrt(2)
+    near, far = (d - 0.5) / spread / math.sqrt(2), (d + 0.5) / spread / math.sqrt(2)
     in_tail = ~narrow & (near > 0)
     a, b = torch.where(in_tail, near, 0.0), torch.where(in_tail, far, 1.0)
     decay = torch.exp(-torch.where(in_tail, t * width, 1.0))
@@ -214,9 +216,9 @@ class NormalLevels(_LevelsDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         k = self._index(value)
         steps = self.levels - 1
-        loc, width = steps * self.loc, 1 / (steps * self.scale)
-        inside = _log_normal_interval(*torch.broadcast_tensors(k - loc, width))
-        lowest, highest = _log_normal_cdf((0.5 - loc) * width), _log_normal_cdf((loc - steps + 0.5) * width)
+        loc, spread = steps * self.loc, steps * self.scale
+        inside = _log_normal_interval(*torch.broadcast_tensors(k - loc, spread))
+        lowest, highest = _log_normal_cdf((0.5 - loc) / spread), _log_normal_cdf((loc - steps + 0.5) / spread)
         return torch.where(k == 0, lowest, torch.where(k == steps, highest, inside))
 
 

@@ -3,6 +3,9 @@ r"""Likelihoods of binary and of continuous data: modules over a decoder, called
 A likelihood is a conditional distribution of the data x given latents z: ``likelihood(z)`` with z of shape
 (..., D) is a Pyro distribution with batch shape (...) and the data's event shape. The decoder is any network
 from (B, D) to the parameters; ``decoder_shape(event_shape)`` says what it must give.
+
+Log-densities hold in single precision for all that a decoder puts out and all values up to 1e30: they are never NaN nor
+∞, and -∞ only below -3.4e38, where single precision ends. Gradients are finite.
 """
 
 import math
@@ -23,6 +26,7 @@ from pyrogen.distributions.decoding import (
     parameter_shape,
 )
 from pyrogen.distributions.hyperbolic import langevin_ratio
+from pyrogen.distributions.normals import HALF_LOG_2PI, SafeNormal
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "LaplaceLikelihood", "NormalLikelihood"]
 
@@ -76,7 +80,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
 
     def _cont_bern_log_norm(self) -> Tensor:
         y = self.logits / 2  # log (2 y coth y)
-        return math.log(2) + torch.log1p(y.square() * langevin_ratio(y))
+        return math.log(2) + torch.log1p(y * (y * langevin_ratio(y)))  # y² overflows
 
     @property
     def mean(self) -> Tensor:
@@ -89,7 +93,7 @@ class _ContinuousBernoulli(dist.ContinuousBernoulli):
         ratio = langevin_ratio(y)
         near = (1 - 2 * ratio - (y * ratio).square()) / 4
         far = y.abs() > 18  # where the difference above cancels and 1 / logit^2 is exact to 1e-13
-        return torch.where(far, torch.where(far, self.logits, 1.0).square().reciprocal(), near)
+        return torch.where(far, torch.where(far, self.logits, 1.0).reciprocal().square(), near)
 
     def entropy(self) -> Tensor:
         return F.softplus(self.logits) - self.logits * self.mean - self._cont_bern_log_norm()
@@ -156,7 +160,7 @@ class ContinuousBernoulli(nn.Module):
         return _ContinuousBernoulli(logits=logits).to_event(event_dim)
 
 
-class _OptimalNormal(dist.Normal):
+class _OptimalNormal(SafeNormal):
     """A normal that scores values with the scale that is best for them, and samples with its own."""
 
     _record: Callable[[Tensor], None]
@@ -173,10 +177,13 @@ class _OptimalNormal(dist.Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        squares = (value - self.loc).square()
-        variance = squares.mean().clamp_min(SMALLEST_SCALE**2)
-        self._record(variance.detach())
-        return -0.5 * (squares / variance + variance.log() + math.log(2 * math.pi))
+        errors = value - self.loc
+        # In units of the largest error no square overflows.
+        unit = torch.linalg.vector_norm(errors.detach(), torch.inf).clamp_min(SMALLEST_SCALE)
+        squares = (errors / unit).square()
+        variance = squares.mean().clamp_min((SMALLEST_SCALE / unit).square())
+        self._record(variance.sqrt().detach() * unit)
+        return -0.5 * (squares / variance + variance.log()) - unit.log() - HALF_LOG_2PI
 
 
 class NormalLikelihood(LocationScale):
@@ -246,14 +253,15 @@ class NormalLikelihood(LocationScale):
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         if self.scale != "optimal":
             loc, scale, event_dim = self.location_and_scale(z)
-            return dist.Normal(loc, scale).to_event(event_dim)
+            return SafeNormal(loc, scale).to_event(event_dim)
         loc, event_dim = decode(self.decoder, z)
         scale = self.variance.sqrt().to(loc.dtype)
-        normal = _OptimalNormal(loc, scale, self._record) if self.training else dist.Normal(loc, scale)
+        normal = _OptimalNormal(loc, scale, self._record) if self.training else SafeNormal(loc, scale)
         return normal.to_event(event_dim)
 
     @torch.no_grad()
-    def _record(self, variance: Tensor) -> None:
+    def _record(self, scale: Tensor) -> None:
+        variance = scale.square().clamp_max(torch.finfo(scale.dtype).max)
         newest = torch.where(self.batches == 0, 1.0, 0.1).to(self.variance)
         self.variance.lerp_(variance.to(self.variance), newest)
         self.batches.add_(1)

@@ -8,7 +8,9 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 
+from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.families import Parameters, positive_scale
+from pyrogen.distributions.normals import SafeMixture, SafeMixtureOfDiagNormals, SafeNormal
 from pyrogen.networks.mlp import as_shape
 
 __all__ = ["EqualMixture", "Mixture", "Vamp"]
@@ -52,26 +54,20 @@ class Mixture(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         k, d = self.components, math.prod(self.shape)
-        loc, raw, logits = self.parameters_of(context).split([k * d, k * d, k], -1)
+        loc, raw, logits = finite_gradient(self.parameters_of(context)).split([k * d, k * d, k], -1)
         loc, scale = loc.unflatten(-1, (k, d)), positive_scale(raw.unflatten(-1, (k, d)))
+        logits = logits.log_softmax(-1)  # which torch and Pyro normalise by a difference of large numbers
         if d > 1:
-            mixture: dist.Distribution = dist.MixtureOfDiagNormals(loc, scale, logits)
+            mixture: dist.Distribution = SafeMixtureOfDiagNormals(loc, scale, logits)
         else:
-            mixture = dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
+            mixture = SafeMixture(dist.Categorical(logits=logits), SafeNormal(loc, scale).to_event(1))
         if len(self.shape) == 1:
             return mixture
         return dist.TransformedDistribution(mixture, [ReshapeTransform(torch.Size((d,)), torch.Size(self.shape))])
 
 
-class EqualMixture(dist.MixtureSameFamily):
-    """A mixture whose components may be flows: values meet the components in full shape, not by broadcasting."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        components = self.component_distribution
-        value = self._pad(value)
-        shape = torch.broadcast_shapes(value.shape, components.batch_shape + components.event_shape)
-        log_prob = components.log_prob(value.expand(shape))
-        return torch.logsumexp(log_prob + self.mixture_distribution.logits, -1)
+class EqualMixture(SafeMixture):
+    """What a :class:`Vamp` returns."""
 
 
 class Vamp(nn.Module):
@@ -106,10 +102,10 @@ class Vamp(nn.Module):
         self.features = features
         self.components = components
         if isinstance(inputs, Tensor):
-            if not inputs.is_floating_point() or len(inputs) == 0:
+            if not (inputs.is_floating_point() and inputs.dim() and len(inputs) and inputs.isfinite().all()):
                 raise ValueError(
-                    f"inputs must be a non-empty float tensor (N, *event_shape), got {inputs.dtype} of shape "
-                    f"{tuple(inputs.shape)}; convert stored data with pyrogen.data.as_float"
+                    f"inputs must be a non-empty tensor (N, *event_shape) of finite floats, got {inputs.dtype} of "
+                    f"shape {tuple(inputs.shape)}; convert stored data with pyrogen.data.as_float"
                 )
             start = inputs[torch.arange(components) % len(inputs)].detach().clone()
         else:

@@ -13,6 +13,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
+from pyrogen.distributions.bounds import log_sum_exp
 from pyrogen.distributions.families import Normal
 from pyrogen.distributions.implicit import apply_to_rows, check_context, default_noise
 from pyrogen.networks.mlp import MLP, as_shape
@@ -112,7 +113,7 @@ class SemiImplicitDistribution(dist.TorchDistribution):
             stale = torch.is_grad_enabled() and not draw.differentiable
             own = self.component(draw.noise) if stale else draw.component
             scores.append(own.log_prob(value).expand(shape).unsqueeze(0))
-        return torch.logsumexp(torch.cat(scores), 0) - math.log(self.draws + 1)
+        return log_sum_exp(torch.cat(scores), 0) - math.log(self.draws + 1)
 
     def _source_of(self, value: Tensor) -> _Draw | None:
         """The draw that a value is, of which there is no doubt, or that it resembles."""

@@ -10,13 +10,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import biject_to
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
 from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
+from pyrogen.distributions.supports import to_support
 from pyrogen.inference.checks import same_support
 from pyrogen.inference.programs import (
     Site,
@@ -254,7 +254,7 @@ def _modules(model: Callable) -> list[nn.Module]:
 
 
 def _unconstrained_shape(site: Site) -> tuple[int, ...]:
-    return tuple(biject_to(site.support).inverse_shape(torch.Size(site.shape)))
+    return tuple(to_support(site.support).inverse_shape(torch.Size(site.shape)))
 
 
 def _flat_shape(site: Site) -> tuple[int, ...]:
@@ -288,7 +288,7 @@ def _place(site: Site, context: Tensor) -> Tensor:
 def flattened(site: Site, value: Tensor, rows: int) -> Tensor:
     """All unconstrained values of a site that belong to one observation, ``(B, n)``."""
     if not is_real(site.support):
-        value = biject_to(site.support).inv(value)
+        value = to_support(site.support).inv(value)
     if site.is_global:
         return value.reshape(1, -1).expand(rows, -1)
     data = next(_dim(plate) for plate in site.plates if plate.name == "data")
@@ -310,7 +310,7 @@ def _supported(site: Site, q: Any) -> Any:
         )
     if is_real(site.support):
         return q
-    transform = biject_to(site.support)
+    transform = to_support(site.support, cache_size=1)
     if isinstance(q, dist.Delta):
         return dist.Delta(transform(q.v), event_dim=len(site.shape))
     return dist.TransformedDistribution(q, [transform])

@@ -9,9 +9,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrogen.distributions.bounds import bounded, finite_gradient, unbounded
+from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal, triangle
 from pyrogen.networks.mlp import as_shape
 
 __all__ = ["ProbabilisticPCA"]
+
+LIMIT = 40.0
+"""What log σ is bounded to, smoothly: densities and their gradients divide by σ, at most by e^-40 twice."""
 
 
 class ProbabilisticPCA(PyroModule):
@@ -21,6 +26,9 @@ class ProbabilisticPCA(PyroModule):
 
     Trained by any objective, or fitted exactly by :meth:`maximum_likelihood`; its posterior and its likelihood are
     known. Tipping & Bishop 1999, *Probabilistic principal component analysis*, J. R. Stat. Soc. B 61.
+
+    σ is the exponential of the parameter ``log_scale``, which is bounded smoothly by ±40 (single precision sees no
+    difference up to 14).
 
     Args:
         latent: Number ``k`` of latent dimensions.
@@ -51,13 +59,16 @@ class ProbabilisticPCA(PyroModule):
     @property
     def scale(self) -> Tensor:
         """Standard deviation σ of the noise."""
-        return self.log_scale.exp()
+        return self._log_scale(self.log_scale.dtype).exp()
+
+    def _log_scale(self, dtype: torch.dtype) -> Tensor:
+        return bounded(finite_gradient(self.log_scale.to(dtype)), LIMIT)
 
     def forward(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(self.mean.new_zeros(self.latent), 1.0).to_event(1))
+            z = pyro.sample("z", SafeNormal(self.mean.new_zeros(self.latent), 1.0).to_event(1))
             loc = (z @ self.weight.T + self.mean).reshape(*z.shape[:-1], *self.shape)
-            pyro.sample("x", dist.Normal(loc, self.scale).to_event(len(self.shape)), obs=x)
+            pyro.sample("x", SafeNormal(loc, self.scale).to_event(len(self.shape)), obs=x)
         return z
 
     @classmethod
@@ -84,23 +95,39 @@ class ProbabilisticPCA(PyroModule):
         with torch.no_grad():
             model.weight.copy_(weight)
             model.mean.copy_(flat.mean(0))
-            model.log_scale.copy_(0.5 * variance.log())
+            model.log_scale.copy_(unbounded(0.5 * variance.log(), LIMIT))
         return model.to(x.dtype)
 
     def posterior(self, x: Tensor) -> dist.MultivariateNormal:
         r"""The exact posterior, of batch shape ``(B,)`` and event shape ``(k,)``.
 
-        .. math:: p(z \mid x) = \mathcal{N}(M^{-1} W^\top (x - \mu), \sigma^2 M^{-1}), \quad M = W^\top W + \sigma^2 I
+        .. math:: p(z \mid x) = \mathcal{N}(M^{-1} A^\top (x - \mu) / \sigma, M^{-1}),
+            \quad M = I + A^\top A, \quad A = W / \sigma
+
+        computed in float64.
         """
-        eye = torch.eye(self.latent, dtype=self.weight.dtype, device=self.weight.device)
-        m = self.weight.T @ self.weight + self.scale**2 * eye
-        loc = torch.linalg.solve(m, self.weight.T @ (x.flatten(1) - self.mean).T).T
-        return dist.MultivariateNormal(loc, precision_matrix=(m / self.scale**2).expand(len(x), -1, -1))
+        residual, a, m = self._whitened(x)
+        loc = torch.linalg.solve(m, residual @ a, left=False)
+        scale, unit = triangle(dist.MultivariateNormal(loc, precision_matrix=m.expand(len(x), -1, -1)))
+        return SafeMultivariateNormal(*(finite_gradient(each.to(x.dtype)) for each in (loc, scale, unit)))
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        r"""The exact log-likelihood of each observation in nats, ``(B,)``.
+        r"""The exact log-likelihood of each observation in nats, ``(B,)``, computed in float64.
 
         .. math:: \log p(x) = \log \mathcal{N}(x; \mu, W W^\top + \sigma^2 I)
+            = -\tfrac12 \bigl(|r - A z|^2 + |z|^2 + \log \det M\bigr) - D \log \sigma - \tfrac{D}{2} \log 2\pi
+
+        with :math:`r = (x - \mu) / \sigma`, and A, M and the mean z of the posterior as in :meth:`posterior`. In single
+        precision it is -∞ below -3.4e38.
         """
-        diagonal = (self.scale**2).expand_as(self.mean)
-        return dist.LowRankMultivariateNormal(self.mean, self.weight, diagonal).log_prob(x.flatten(1))
+        r, a, m = self._whitened(x)
+        z = torch.linalg.solve(m, r @ a, left=False)
+        quadratic = (r - z @ a.T).square().sum(-1) + z.square().sum(-1) + torch.linalg.slogdet(m).logabsdet
+        return (-0.5 * quadratic - a.shape[0] * (self._log_scale(a.dtype) + 0.5 * math.log(2 * math.pi))).to(x.dtype)
+
+    def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Data less their mean ``(B, D)`` and weights ``(D, k)`` in units of σ, and ``(k, k)`` M, in float64."""
+        scale = self._log_scale(torch.float64).exp()
+        a = self.weight.double() / scale
+        eye = torch.eye(self.latent, dtype=a.dtype, device=a.device)
+        return (x.flatten(1).double() - self.mean) / scale, a, eye + a.T @ a
