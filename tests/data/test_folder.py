@@ -188,7 +188,7 @@ def test_a_damaged_member_of_a_zip_is_named(classes, tmp_path):
 def test_sixteen_bits_are_refused(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((5, 6), 1000, np.uint16)).save(tmp_path / f"{i}.png")
-    refuse(tmp_path, r"\.png cannot be read .*expected 8-bit gray or colour, got mode I;16")
+    refuse(tmp_path, r"\.png cannot be read .*expected 8-bit gray or colour, got mode I")
 
 
 def test_a_zip_cut_short_is_refused(classes, tmp_path):
