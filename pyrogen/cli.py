@@ -19,8 +19,10 @@ from torch import distributed
 
 from pyrogen.configuration import _FILE_PREFIX
 from pyrogen.experiment import commands
+from pyrogen.experiment.comparison import ERROR
 from pyrogen.experiment.parts import ROLES, Part, describe_part, names
 from pyrogen.experiment.settings import CompareSettings, FitSettings, Settings
+from pyrogen.experiment.table import slug
 from pyrogen.inference import NonFiniteLoss
 from pyrogen.inference.parallel import is_first
 
@@ -83,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if training diverged, or a fit of workers or a program of the user's own failed; 2 for bad
-        input, with one line on stderr; 130 after Ctrl-C. SIGTERM ends a fit with 143, once its checkpoint is written.
+        input, with one line on stderr; 130 after Ctrl-C. SIGTERM ends a fit with 143, once its checkpoint is written,
+        and a comparison by workers at once.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -116,9 +119,12 @@ def _fail(error: Any, code: int) -> int:
 
 
 def _in_users_file(error: BaseException) -> bool:
-    """Whether an error came up while a FILE.py of the user's ran: then the place matters."""
+    """Whether an error came up while a FILE.py of the user's ran, here or in a worker: then the place matters."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals.get("__name__", "").startswith(_FILE_PREFIX) for frame in frames)
+    if any(frame.f_globals.get("__name__", "").startswith(_FILE_PREFIX) for frame in frames):
+        return True
+    files = [module.__file__ for name, module in [*sys.modules.items()] if name.startswith(_FILE_PREFIX)]
+    return any(f'File "{file}"' in note for note in getattr(error, "__notes__", ()) for file in files)
 
 
 def _run(arguments: list[str]) -> int:
@@ -141,7 +147,8 @@ def _run(arguments: list[str]) -> int:
             print(table)
             print(f"Written to {folder}")
             if failed := getattr(table, "failed", {}):
-                several = f"{len(failed)} of {len(failed) + len(table)} fits failed: {', '.join(failed)}"
+                each = ", ".join(f"{name} (see {folder / slug(name) / ERROR})" for name in failed)
+                several = f"{len(failed)} of {len(failed) + len(table)} fits failed: {each}"
                 return _fail(f"{several}; --resume with the same --out tries again", 1)
         case "fit":
             run, folder = commands.run_fit(*settings)

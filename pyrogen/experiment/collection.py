@@ -3,6 +3,7 @@
 import ast
 import logging
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ def _table_of(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         rows = {str(name): _plain(row) for name, row in table.iterrows()}
         if any(not {"observations", "particles", "log_likelihood"} <= row.keys() for row in rows.values()):
             raise ValueError("it lacks columns")
-    except (ValueError, SyntaxError, KeyError, pd.errors.ParserError) as error:
+    except (ValueError, SyntaxError, KeyError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy, or move it away") from error
     return {slug(name): (name, row) for name, row in rows.items()}
 
@@ -123,7 +124,15 @@ def _plain(row: pd.Series) -> dict[str, Any]:
     values = {str(name): value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
     counts = ("observations", "particles", "active_units", "latent_units", "parameters", "steps")
     values |= {name: int(value) for name, value in values.items() if name in counts}
-    return values | {"reasons": ast.literal_eval(values["reasons"])} if "reasons" in values else values
+    return values | {"reasons": _reasons(values["reasons"])} if "reasons" in values else values
+
+
+def _reasons(text: str) -> dict[str, str]:
+    """A mapping of strings, which is the one thing that a table holds as Python writes it."""
+    read = ast.literal_eval(text)
+    if not isinstance(read, dict) or not all(isinstance(each, str) for item in read.items() for each in item):
+        raise ValueError(f"expected reasons by the part that they are of, got {reprlib.repr(text)}")
+    return read
 
 
 def _fitted(folder: Path, trust: bool) -> Fitted:

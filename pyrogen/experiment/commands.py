@@ -31,6 +31,7 @@ from pyrogen.experiment.programs import amortized_guide
 from pyrogen.experiment.report import REPORT, write_report
 from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective, chosen_parts
 from pyrogen.experiment.table import Comparison, row_of, steps_of
+from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
@@ -205,8 +206,8 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
         folder = output.folder("fit", settings.data)
     folder = processes.broadcast(folder)
     data = processes.in_turn(settings.load_data)
-    with settings.limited_threads(data), torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with settings.limited_threads(data), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
         model, guide = settings.build_model(data), None
         objective = build_objective(settings.objective)
         if objective.uses_guide:
@@ -234,11 +235,12 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
 
 def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comparison, Path]:
     """Compare guides; the settings are kept as ``compare.yaml``."""
+    workers = check_workers(settings.workers)  # before data are loaded
     folder = output.folder("compare", settings.data)
     guides = settings.build_guides()
     data = settings.load_data()
-    with settings.limited_threads(data), torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with settings.limited_threads(data), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
         model = settings.build_model(data)
         encoder = settings.build_encoder(data)
         describe([model, encoder, *guides.values()])  # as in run_fit
@@ -256,7 +258,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
             overwrite=output.overwrite,
             progress=output.progress,
             configuration=settings.plain(),
-            workers=settings.workers,
+            workers=workers,
             **settings.training(),
         )
     return table, folder

@@ -6,8 +6,9 @@ import functools
 import math
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,18 +30,20 @@ from pyrogen.experiment.fits import FIGURES, Common, PreparedFit, fitted, perfor
 from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.programs import amortized_guide, independent_copy
 from pyrogen.experiment.table import Comparison, row_of, slug
-from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, perform_all, prepared_job
+from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, open_pool, perform_all
 from pyrogen.inference import CriticOptions, FitOptions, NonFiniteLoss, Objective, Run
 from pyrogen.inference.batches import Batches, training_and_validation
-from pyrogen.inference.checkpoints import atomically
+from pyrogen.inference.checkpoints import atomically, leftovers
 from pyrogen.inference.checks import check_programs, check_values
 from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.parallel import environment
 from pyrogen.inference.run import clear_folder, prepare_folder
+from pyrogen.inference.turns import seeded
 
-__all__ = ["CONFIGURATION", "compare"]
+__all__ = ["CONFIGURATION", "ERROR", "compare"]
 
 CONFIGURATION = "compare.yaml"
+ERROR = "error.txt"
 
 
 def compare(
@@ -105,12 +108,18 @@ def compare(
         progress: Show one progress bar with the time left.
         configuration: What ``compare.yaml`` shall hold; by default a description of the arguments.
         workers: Fit and evaluate in so many processes of this machine at once, or with ``"ray"`` on the Ray cluster
-            that is joined, at hand or else started here for the time. Each process has the cores of the machine
-            divided by their number for threads, at least one, and never more than torch has here; a job of Ray's has
-            the cluster's divided by the number of fits, and a GPU where there are some and ``device`` allows. Figures
-            are those of fits one after the other on as many threads. A fit that fails, or whose process is killed, is
-            tried once more from its last checkpoint, and then left out and named under the table, with why. A Ray
-            cluster's machines need the same pyrogen and torch; results come back from those that can't see ``out``.
+            that is joined, at hand or else started here for the time; no more processes than fits that are still to be
+            made. Each has the cores of the machine divided by their number for threads, at least one, and never more
+            than torch has here; a job of Ray's has the cluster's divided by the number of fits to be made, and a GPU
+            where there are some and ``device`` allows. Figures are those of fits one after the other on as many
+            threads, but for ``seconds`` and ``rows_per_second``, which say little where fits share a machine, and for
+            what ``compile="auto"`` chooses by the time that steps take. A fit that fails, or whose process is killed,
+            is tried once more from its last checkpoint, and then left out and named under the table, with why;
+            ``error.txt`` in its folder says where that came up. A Ray cluster's machines need the same pyrogen and
+            torch; results come back from those that can't see ``out``, but a machine that is lost takes along what it
+            alone had. A script's functions and classes, and those of a ``FILE.py:NAME``, are sent as they are; other
+            modules are imported by each worker, so that one that draws numbers at its import draws others there. What
+            a script registers or patches (``register_kl``, say) has to be done by such a module.
 
     Returns:
         A table with a row for each guide, in nats per observation where nothing else is said; its ``.runs`` holds the
@@ -160,22 +169,25 @@ def compare(
     known_parts(parts)
     rows, source = _test_rows(data, test)
     fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)
+    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
     if configuration is None:
         configuration = _describe(model, fits, options, data, particles, parts)
-    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
+    configuration = yaml.safe_load(yaml.safe_dump(dict(configuration), sort_keys=False))
+    if folder is not None and resume:
+        _check_same(folder, configuration)
     work = _Work(fits, options, batches, rows, particles, writes=folder is not None, together=workers is not None)
     common = Common(data, rows, options, parts, particles, functools.partial(compared_in, data, parts, seed))
-    with ExitStack() as stack:
-        if workers is not None:
-            base = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyrogen-")))
-            jobs = _jobs(fits, base.resolve(), resume=resume)
+
+    def begin() -> None:
         if folder is not None:
-            _write_configuration(folder, configuration, resume=resume, clear=overwrite and not resume)
-        stack.enter_context(work.bar(progress))
+            _begin(folder, fits, configuration, resume=resume, clear=overwrite and not resume)
+
+    with work.bar(progress):
         if workers is None:
+            begin()
             table_rows, runs, failed = _fit_here(fits, common, folder, resume, work)
         else:
-            table_rows, runs, failed = _fit_elsewhere(fits, common, jobs, workers, work)
+            table_rows, runs, failed = _fit_elsewhere(fits, common, folder, resume, work, workers, begin)
         table = Comparison.of(table_rows, runs, source, left_out)
         if failed:
             table.failed = failed
@@ -199,41 +211,54 @@ def _fit_here(
     return rows, runs, {}
 
 
-def _jobs(fits: list[PreparedFit], base: Path, *, resume: bool) -> dict[str, Job]:
-    return {e.name: prepared_job(e.name, functools.partial(perform_fit, e), base / e.slug, resume=resume) for e in fits}
-
-
 def _fit_elsewhere(
-    fits: list[PreparedFit], common: Common, jobs: Mapping[str, Job], workers: Workers, work: "_Work"
+    fits: list[PreparedFit],
+    common: Common,
+    folder: Path | None,
+    resume: bool,
+    work: "_Work",
+    workers: Workers,
+    begin: Callable[[], None],
 ) -> tuple[list[dict[str, Any]], dict[str, Run], dict[str, str]]:
     """Rows and runs of the fits that workers made, and why the others failed."""
-    space = common.space
-    if not all(job.resume and (job.folder / FIGURES).is_file() for job in jobs.values()):
-        space = functools.partial(dict, space())  # so that not every worker has to look for it
-    sent = dataclasses.replace(common, space=space)
-    by_name = {each.name: each for each in fits}
-    outcomes: dict[str, Outcome] = {}
+    by_name, outcomes = {each.name: each for each in fits}, dict[str, Outcome]()
+    with tempfile.TemporaryDirectory(prefix="pyrogen-") as scratch:
+        base = (folder or Path(scratch)).resolve()
+        jobs = {each.name: Job(each.name, base / each.slug, resume) for each in fits}
+        left = sum(not (resume and (job.folder / FIGURES).is_file()) for job in jobs.values())
+        # Looked for here, so that not every worker has to.
+        space = functools.partial(dict, common.space()) if left else common.space
+        sent = dataclasses.replace(common, space=space)
+        functions = {each.name: functools.partial(perform_fit, each) for each in fits}
 
-    def watch(names: list[str]) -> None:
-        for name in names:
-            work.trained(by_name[name], step_in(jobs[name].folder))
+        def watch(names: list[str]) -> None:
+            for name in names:
+                work.trained(by_name[name], step_in(jobs[name].folder))
 
-    # Closed whatever comes, so that no worker outlives it.
-    with closing(perform_all(jobs, sent, workers, common.options.device, watch)) as ending:
-        for name, outcome in ending:
-            outcomes[name] = outcome
-            work.evaluated(by_name[name])
-    errors = {each.name: outcomes[each.name].error for each in fits}
-    failed = {name: error for name, error in errors.items() if error is not None}
-    if len(failed) == len(fits):
-        raise next(iter(failed.values()))
-    rows, runs = [], {}
-    for each in fits:
-        if each.name not in failed:
-            done = outcomes[each.name].result
-            rows.append(done["row"])
-            runs[each.name] = read_fit(each, jobs[each.name].folder, common.options, done["objective"])
+        with open_pool(workers, functions, sent, common.options.device, max(1, left), Path(scratch)) as pool:
+            begin()
+            for name, outcome in perform_all(pool, jobs.values(), watch):
+                outcomes[name] = outcome
+                _note_error(jobs[name].folder, outcome.error)
+                work.evaluated(by_name[name])
+        errors = {each.name: outcomes[each.name].error for each in fits}
+        failed = {name: error for name, error in errors.items() if error is not None}
+        if len(failed) == len(fits):
+            raise next(iter(failed.values()))
+        rows, runs = [], {}
+        for each in fits:
+            if each.name not in failed:
+                done = outcomes[each.name].result
+                rows.append(done["row"])
+                runs[each.name] = read_fit(each, jobs[each.name].folder, common.options, done["objective"])
     return rows, runs, {name: _reason(name, error) for name, error in failed.items()}
+
+
+def _note_error(folder: Path, error: Exception | None) -> None:
+    """Keep where an error came up beside what the fit has left."""
+    if error is not None:
+        with atomically(folder / ERROR) as temporary:
+            temporary.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
 
 
 def _reason(name: str, error: Exception) -> str:
@@ -260,8 +285,7 @@ def _prepare(
         if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], Objective)):
             raise ValueError(f"the guide '{name}' must be a pair (family, objective), got {entry!r}")
         family, objective = entry
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, torch.device("cpu")):
             own, guide = independent_copy(model, example), None
             if family is not None:
                 features = copy.deepcopy(encoder) if isinstance(encoder, nn.Module) else encoder()
@@ -377,7 +401,7 @@ def _seconds_of(each: PreparedFit, batch: tuple[Tensor, ...]) -> float:
         torch.no_grad(),
         pyro.validation_enabled(False),
         pyro.get_param_store().scope(),
-        torch.random.fork_rng(),
+        torch.random.fork_rng(devices=[]),
     ):
         for _ in range(3):
             started = time.perf_counter()
@@ -410,23 +434,34 @@ def _describe(
     }
 
 
-def _write_configuration(folder: Path, configuration: Mapping[str, Any], *, resume: bool, clear: bool) -> None:
-    """Write ``compare.yaml``; on resuming, see first that the folder holds the same comparison."""
+def _check_same(folder: Path, values: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` where a folder to be resumed holds another comparison."""
     path = folder / CONFIGURATION
-    values = yaml.safe_load(yaml.safe_dump(dict(configuration), sort_keys=False))
-    if resume and path.is_file():
-        try:
-            there = yaml.safe_load(path.read_text(encoding="utf-8"))
-            differing = [key for key in {*there, *values} if there.get(key) != values.get(key)]
-        except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); restore it, or start anew with overwrite") from error
-        if differing:
-            changes = "; ".join(f"{key}: {there.get(key)!r} there, {values.get(key)!r} now" for key in differing)
-            raise ValueError(f"{folder} holds another comparison ({changes}); resume it with the same settings")
+    if not path.is_file():
         return
+    try:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        differing = [key for key in {*there, *values} if there.get(key) != values.get(key)]
+    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or start anew with overwrite") from error
+    if differing:
+        changes = "; ".join(f"{key}: {there.get(key)!r} there, {values.get(key)!r} now" for key in differing)
+        raise ValueError(f"{folder} holds another comparison ({changes}); resume it with the same settings")
+
+
+def _begin(
+    folder: Path, fits: list[PreparedFit], configuration: Mapping[str, Any], *, resume: bool, clear: bool
+) -> None:
+    """Replace an earlier comparison, now that nothing can refuse this one, or go on with it; write ``compare.yaml``."""
     if clear:
         clear_folder(folder)
+    gone = [path for place in (folder, folder / "figures") for path in leftovers(place)]
+    for path in (*gone, *(folder / each.slug / ERROR for each in fits)):
+        path.unlink(missing_ok=True)
+    path = folder / CONFIGURATION
+    if resume and path.is_file():
+        return
     versions = ", ".join(f"{name} {version(name)}" for name in ("pyrogen", "pyro-ppl", "torch"))
     with atomically(path) as temporary:
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
         temporary.write_text(f"# Written by {versions}\n{text}", encoding="utf-8")

@@ -72,8 +72,8 @@ def fitted(
 def _train(each: PreparedFit, common: Common, folder: Path | None, resume: bool, trained: Callable[[int], None]) -> Run:
     options = common.options
     # The seed also stands for parameters that a plain function makes only when it first runs.
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
+    with torch.random.fork_rng(devices=[]):  # a fit sees to those of its device itself
+        torch.default_generator.manual_seed(options.seed)
         try:
             return fit(
                 each.model,

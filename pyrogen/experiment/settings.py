@@ -264,7 +264,7 @@ class CompareSettings(Settings):
     parts: list[str] = field(default_factory=lambda: [*DEFAULT])
     particles: int = 1000
     test_rows: int | None = None
-    workers: int | Literal["ray"] | None = None
+    workers: int | str | None = None
 
     def plain(self) -> dict[str, Any]:
         # Where fits are made is no part of what is compared: another number of workers may go on with them.
@@ -290,6 +290,6 @@ class CompareSettings(Settings):
         return pairs
 
     def _default_objectives(self, family: Callable) -> list[Part]:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             example = family(self.latent, self.features)(torch.zeros(1, self.features))
         return [Part("AVB")] if is_implicit(example) else [Part("ELBO"), Part("IWAE")]

@@ -19,6 +19,7 @@ from torch import nn
 import pyrogen as pg
 from pyrogen.distributions import Flow, Implicit, MultivariateNormal, Normal
 from pyrogen.experiment import Comparison
+from pyrogen.experiment.collection import _table_of
 from pyrogen.inference import AVB, ELBO, GAN, IWAE, AmortizedGuide, CriticOptions, NonFiniteLoss, OutputExistsError
 from pyrogen.networks import MLP, Critic
 
@@ -316,3 +317,18 @@ def test_nothing_that_can_be_served(model, digits):
         pg.compare(
             model, {"a": (Implicit, ELBO())}, encoder=encoder_of(digits), data=digits, skip_unserved=True, **TINY
         )
+
+
+NESTED = 100_000 * "-" + "1"
+
+
+@pytest.mark.parametrize("reasons", ["{'gap': 'none', 'likelihood': 1}", "[1]", "__import__('os')", "{'gap'", NESTED])
+def test_a_table_whose_reasons_are_no_mapping_of_strings_is_damaged(reasons, tmp_path):
+    (tmp_path / "compare.yaml").touch()
+    row = {"observations": 1, "particles": 2, "log_likelihood": -1.0}
+    for written in (str({"gap": "it isn't known"}), reasons):
+        pd.DataFrame([row | {"reasons": written}], index=pd.Index(["one"], name="guide")).to_csv(tmp_path / "table.csv")
+        if written != reasons:
+            assert _table_of(tmp_path)["one"] == ("one", row | {"reasons": {"gap": "it isn't known"}})
+    with pytest.raises(ValueError, match=r"table\.csv is damaged"):
+        _table_of(tmp_path)
