@@ -422,9 +422,13 @@ def test_sigterm_tidies_up(tmp_path, monkeypatch):
     monkeypatch.setattr(workers._Processes, "submit", starts_nothing)
     closed = []
     monkeypatch.setattr(workers._Processes, "close", lambda pool: closed.append(pool))
-    with pytest.raises(SystemExit) as ended, workers.open_pool(1, {}, None, "cpu", 1, tmp_path):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 143 and closed and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray has one of its own
+    try:
+        with pytest.raises(SystemExit) as ended, workers.open_pool(1, {}, None, "cpu", 1, tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.value.code == 143 and closed and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_cores_and_gpus_are_shared_among_processes(tmp_path, monkeypatch):
