@@ -43,7 +43,7 @@ Every flag can stand in a YAML file instead: --config FILE.yaml. Flags win over 
 
 COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     "compare": ((CompareSettings, commands.OutputSettings), "Fit several guides to one model and compare them"),
-    "fit": ((FitSettings, commands.OutputSettings), "Fit one model with one guide"),
+    "fit": ((FitSettings, commands.FitOutputSettings), "Fit one model with one guide"),
     "evaluate": ((commands.EvaluateSettings,), "Evaluate a fitted run"),
     "sample": ((commands.SampleSettings,), "Sample from a fitted run"),
     "report": ((commands.ReportSettings,), "Show fitted runs on one page"),

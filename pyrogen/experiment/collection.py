@@ -16,7 +16,7 @@ from pyrogen.data import Data
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment.table import slug, steps_of
 from pyrogen.inference import Run, load
-from pyrogen.inference.run import SETTINGS, WEIGHTS
+from pyrogen.inference.folders import WEIGHTS, is_run
 
 __all__ = ["Fitted", "collect", "read_evaluations"]
 
@@ -89,11 +89,11 @@ def collect(folders: Sequence[str | Path], *, trust: bool = False) -> list[Fitte
 
 
 def _fits_in(folder: Path) -> Iterable[Path]:
-    if (folder / SETTINGS).is_file():
+    if is_run(folder):
         return [folder.resolve()]
     if not (folder / COMPARISON).is_file():
         raise ValueError(f"{folder} holds neither a fit nor a comparison; give a folder that pyrogen wrote")
-    there = sorted(path.parent for path in folder.glob(f"*/{SETTINGS}"))
+    there = sorted(path for path in folder.glob("*") if is_run(path))
     complete = [path for path in there if (path / WEIGHTS).is_file()]
     if not complete:
         raise ValueError(f"{folder} holds no complete fit; go on with the comparison by --resume")

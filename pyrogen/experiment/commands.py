@@ -35,11 +35,13 @@ from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
+from pyrogen.inference.folders import is_run
 from pyrogen.inference.parallel import Processes, connect
-from pyrogen.inference.run import SETTINGS, write_yaml
+from pyrogen.inference.run import write_yaml
 
 __all__ = [
     "EvaluateSettings",
+    "FitOutputSettings",
     "OutputSettings",
     "ReportSettings",
     "SampleSettings",
@@ -80,6 +82,22 @@ class OutputSettings:
             raise ValueError("give the folder of the run with --out, to resume or replace it")
         stem = f"{command}-{re.sub(r'[^A-Za-z0-9_]+', '-', data).strip('-').lower()}"
         return next(p for n in range(1, 10_000) if not (p := Path("runs") / f"{stem}-{n:03d}").exists())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOutputSettings(OutputSettings):
+    """Where a fit goes.
+
+    Args:
+        anyway: With --resume, go on although options, data or programs are not those of the checkpoint, with a warning
+            that names what differs.
+    """
+
+    anyway: bool = False
+
+    def __post_init__(self) -> None:
+        if self.anyway and not self.resume:
+            raise ValueError("--anyway says how to go on; give it with --resume, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,13 +208,13 @@ class ReportSettings:
         there = [name for name in REPORT if (folder / name).exists()]
         if there and not self.overwrite:
             raise OutputExistsError(f"{folder / there[0]} exists; give another folder with --out, or --overwrite it")
-        of_ours = there or any((folder / name).is_file() for name in (SETTINGS, CONFIGURATION))
+        of_ours = there or is_run(folder) or (folder / CONFIGURATION).is_file()
         if folder.exists() and any(folder.iterdir()) and not of_ours:
             raise OutputExistsError(f"{folder} holds no run or report of pyrogen's; give another folder with --out")
         return folder
 
 
-def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
+def run_fit(settings: FitSettings, output: FitOutputSettings) -> tuple[Run, Path]:
     """Fit one model; the settings are kept as ``fit.yaml`` beside the run.
 
     Of several processes the first says where to and writes, and one of each machine loads the data before the others.
@@ -223,7 +241,7 @@ def run_fit(settings: FitSettings, output: OutputSettings) -> tuple[Run, Path]:
             data,
             progress=output.progress,
             out=folder,
-            resume=output.resume,
+            resume="anyway" if output.anyway else output.resume,
             overwrite=output.overwrite,
             **settings.training(),
         )
@@ -266,8 +284,8 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
 
 def _load(folder: str, trust: bool) -> Run:
     path = Path(folder)
-    if not (path / SETTINGS).is_file() and (path / CONFIGURATION).is_file():
-        fits = sorted(str(found.parent) for found in path.glob(f"*/{SETTINGS}"))
+    if not is_run(path) and (path / CONFIGURATION).is_file():
+        fits = sorted(str(found) for found in path.glob("*") if is_run(found))
         raise ValueError(f"{folder} holds a comparison; give one of its fits: {', '.join(fits) or 'there is none yet'}")
     return load(path, trust=trust)
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,8 @@ from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically, leftovers
 from pyrogen.inference.checks import check_programs, check_values
 from pyrogen.inference.critic_objective import CriticObjective
+from pyrogen.inference.folders import clear_folder, held, prepare_folder
 from pyrogen.inference.parallel import environment
-from pyrogen.inference.run import clear_folder, prepare_folder
 from pyrogen.inference.turns import seeded
 
 __all__ = ["CONFIGURATION", "ERROR", "compare"]
@@ -127,7 +127,8 @@ def compare(
 
     Raises:
         ValueError: Before any training, for anything that does not fit; if ``resume`` finds another comparison.
-        OutputExistsError: If ``out`` holds something and neither ``overwrite`` nor ``resume`` was given.
+        OutputExistsError: If ``out`` holds something and neither ``overwrite`` nor ``resume`` was given, or if another
+            process writes there.
         NonFiniteLoss: If a loss is NaN or infinite, with the name of the fit; with workers, only if every fit failed.
         ChildProcessError: If no fit is done and a worker's process was killed twice.
 
@@ -182,7 +183,10 @@ def compare(
         if folder is not None:
             _begin(folder, fits, configuration, resume=resume, clear=overwrite and not resume)
 
-    with work.bar(progress):
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(held(folder, overwrite=overwrite, resume=resume))
+        stack.enter_context(work.bar(progress))
         if workers is None:
             begin()
             table_rows, runs, failed = _fit_here(fits, common, folder, resume, work)

@@ -15,9 +15,10 @@ from torch import Tensor
 from pyrogen.evaluation import evaluate
 from pyrogen.experiment.table import row_of, steps_of
 from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objective, Run, fit, load
-from pyrogen.inference.batches import fingerprint
+from pyrogen.inference.fingerprints import fingerprint
+from pyrogen.inference.folders import HISTORY
 from pyrogen.inference.parallel import alone
-from pyrogen.inference.run import HISTORY, write_yaml
+from pyrogen.inference.run import write_yaml
 
 __all__ = ["FIGURES", "Common", "PreparedFit", "fitted", "perform_fit", "read_fit", "step_in", "trial_of"]
 

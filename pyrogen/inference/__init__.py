@@ -2,7 +2,9 @@
 
 from pyrogen.inference.adaptive import AdaptiveContrast
 from pyrogen.inference.adversarial import ALI, GAN, VAEGAN
+from pyrogen.inference.checkpoints import WriteError
 from pyrogen.inference.compilation import Compiled
+from pyrogen.inference.folders import OutputExistsError
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.hybrids import AAE, AVB, VGH, AlphaGAN, Hybrid, VGHPlusPlus
 from pyrogen.inference.kernels import (
@@ -25,7 +27,7 @@ from pyrogen.inference.ratios import (
     Wasserstein,
 )
 from pyrogen.inference.refit import refit_prior
-from pyrogen.inference.run import CriticOptions, FitOptions, OutputExistsError, Run, load, save
+from pyrogen.inference.run import CriticOptions, FitOptions, Run, load, save
 from pyrogen.inference.schedules import CyclicalSchedule, LinearSchedule
 from pyrogen.inference.telescoping import Telescoping
 from pyrogen.inference.total_correlation import BetaTCVAE, FactorVAE
@@ -76,6 +78,7 @@ __all__ = [
     "VGHPlusPlus",
     "Wasserstein",
     "WithPrior",
+    "WriteError",
     "fit",
     "load",
     "maximum_mean_discrepancy",

@@ -1,7 +1,6 @@
 """Whatever holds data, as shuffled minibatches on a device."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from pyrogen.data import Data, as_float
+from pyrogen.inference.fingerprints import fingerprint
 
-__all__ = ["Batches", "as_batch", "check_data", "fingerprint", "training_and_validation"]
+__all__ = ["Batches", "as_batch", "check_data", "training_and_validation"]
 
 CHUNK = 4096
 """How many rows are checked at a time, so that the check needs little memory."""
@@ -50,8 +50,8 @@ class Batches:
         return len(self.rows[0]) if isinstance(self.rows, tuple) else len(self.rows)  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
-        """A hash of up to 1000 rows in equal steps, by which other data of the same shape are told apart."""
-        return fingerprint(self.rows if isinstance(self.rows, tuple) else (), len(self))
+        """By which other data are told apart, see :func:`~pyrogen.inference.fingerprints.fingerprint`."""
+        return fingerprint(self.rows)
 
     @property
     def per_epoch(self) -> int:
@@ -179,15 +179,6 @@ def _read(
         generator=torch.Generator().manual_seed(seed % 2**63),
     )
     return (tuple(x.to(device, non_blocking=True) for x in batch) for batch in loader)
-
-
-def fingerprint(rows: tuple[Tensor, ...], count: int | None = None) -> str:
-    """A hash of their number and of up to 1000 rows in equal steps."""
-    digest = hashlib.sha256(str(len(rows[0]) if count is None else count).encode())
-    for x in rows:
-        some = x[:: max(1, len(x) // 1000)].cpu().contiguous()
-        digest.update(some.view(torch.uint8).numpy().tobytes() if some.dim() else b"")
-    return digest.hexdigest()
 
 
 def _collated(items: list[Any]) -> tuple[Tensor, ...]:

@@ -1,10 +1,13 @@
-"""Tensors and plain values in one safetensors file, written so that a crash leaves the old file or the new one."""
+"""Tensors and plain values in one safetensors file that verifies itself; a crash leaves the old file or the new one."""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 __all__ = [
+    "WriteError",
     "atomically",
+    "bytes_of",
     "leftovers",
     "load_optimizer",
     "load_weights",
@@ -25,21 +30,56 @@ __all__ = [
 ]
 
 
+CHUNK = 2**24
+"""Bytes of a tensor that are read at a time."""
+
+
+class WriteError(OSError):
+    """A file that could not be written; nothing that was there before is lost."""
+
+    @classmethod
+    def of(cls, path: Path, error: Exception) -> "WriteError":
+        """What kept a file from being written, and what to do."""
+        found = re.search(r"os error (\d+)", str(error))  # safetensors says it so
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        mend = ""
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            mend = ". Free some space there, or give another folder"
+        elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            mend = ". Give a folder in which you may write"
+        why = getattr(error, "strerror", None) or error
+        return cls(f"{path} could not be written: {why}{mend}; nothing that was there before is lost")
+
+
 @contextlib.contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and is gone when it doesn't."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def atomically(path: Path, then: Callable[[], Any] = lambda: None) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and is gone when it doesn't.
+
+    Args:
+        path: What shall be written.
+        then: Called when all of it is on the disk, just before it takes the place of what was there.
+
+    Raises:
+        WriteError: If the file can't be written.
+    """
     temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes a file anew, for its owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        then()
         os.replace(temporary, path)
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise WriteError.of(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be what can't be written
+            temporary.unlink()
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -47,31 +87,77 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.glob(".*-" + "[0-9a-f]" * 16) if path.is_file()]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Write tensors with plain values beside them, atomically."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], values: dict[str, Any], then: Callable[[], Any] = lambda: None
+) -> None:
+    """Write tensors with plain values beside them and a checksum of both, atomically.
+
+    Args:
+        path: Where to.
+        tensors: By name.
+        values: What JSON can hold.
+        then: As for :func:`atomically`.
+
+    Raises:
+        WriteError: If the file can't be written.
+    """
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomically(path) as temporary:
-        save_file(stored, temporary, metadata={"values": json.dumps(values)})
+    text = json.dumps(values)
+    with atomically(path, then) as temporary:
+        # One entry, for the order of several is not always the same.
+        written = json.dumps({"values": text, "sha256": _checksum(stored, text)})
+        save_file(stored, temporary, metadata={"pyrogen": written})
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote.
 
     Raises:
-        ValueError: If the file is missing, truncated or not one of ours.
+        ValueError: If the file is missing, damaged or not one of ours.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            values = json.loads((file.metadata() or {})["values"])
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}") from error
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+            metadata = file.metadata() or {}
+        if "pyrogen" not in metadata:  # the first format, which had no checksum
+            return tensors, _plain(metadata["values"])
+        written = _plain(metadata["pyrogen"])
+        if written["sha256"] != _checksum(tensors, written["values"]):
+            raise ValueError("its contents differ from their checksum")
+        return tensors, _plain(written["values"])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise ValueError(
-            f"{path} is truncated or no file of pyrogen's ({error}); restore it from a copy, or train anew with "
-            "overwrite"
+            f"{path} is truncated, damaged or no file of pyrogen's ({error}); restore it from a copy, or train anew "
+            "with overwrite"
         ) from error
-    return tensors, values
+
+
+def _plain(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("its values have no names")
+    return values
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """A SHA-256 of values as text and of all tensors with their names, types and shapes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        for part in bytes_of(tensor):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def bytes_of(x: Tensor) -> Iterator[Any]:
+    """The bytes of a tensor in the order of its values, at most 16 MiB or one row at a time."""
+    x = x.detach().reshape(1) if x.dim() == 0 else x.detach()
+    if x.numel():
+        size = max(1, CHUNK * len(x) // (x.numel() * x.element_size()))
+        for part in x.split(size):
+            yield part.cpu().contiguous().view(torch.uint8).flatten().numpy()
 
 
 def unique_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,25 +23,26 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from pyrogen.inference.batches import Batches
-from pyrogen.inference.checkpoints import leftovers, load_weights, unique_tensors
+from pyrogen.inference.checkpoints import WriteError, load_weights, unique_tensors
 from pyrogen.inference.compilation import Compiled
+from pyrogen.inference.folders import CHECKPOINT, SETTINGS, WEIGHTS, clear_folder
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters
 from pyrogen.inference.parallel import Processes
 from pyrogen.inference.programs import latent_sites, prototype
-from pyrogen.inference.resuming import CHECKPOINT, check_alike, read_checkpoint, restore, write_checkpoint
-from pyrogen.inference.run import (
-    INACTIVE_UNITS,
-    SETTINGS,
-    Run,
-    clear_folder,
-    settings_of,
-    write_run,
-    write_yaml,
-)
+from pyrogen.inference.resuming import check_alike, identity_of, read_checkpoint, restore, write_checkpoint
+from pyrogen.inference.run import INACTIVE_UNITS, Run, settings_of, write_run, write_yaml
 from pyrogen.inference.stopping import Stopping
 from pyrogen.inference.tally import GRADIENT_NORM, Tally
-from pyrogen.inference.trouble import NonFiniteLoss, Seen, check_weights, explained, out_of_memory, stop_at
+from pyrogen.inference.trouble import (
+    NonFiniteLoss,
+    Seen,
+    check_weights,
+    explained,
+    out_of_memory,
+    stop_at,
+    where_it_stands,
+)
 from pyrogen.inference.turns import Turn, random_state, seeded
 from pyrogen.inference.units import UNIT_ROWS, inactive_units
 from pyrogen.inference.watch import CriticWatch
@@ -110,7 +111,8 @@ class Training:
         self.watch = CriticWatch()
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
         self.batches = batches.to(fabric.device, dtype)
-        self.fingerprint = batches.fingerprint()
+        self.given = batches, validation
+        self.identity: dict[str, Any] = {}
         self.validation = None if validation is None else validation.to(fabric.device, dtype)
         self.watched = self.batches if self.validation is None else self.validation
         self.local: list[str] = []
@@ -145,6 +147,10 @@ class Training:
         return patience is not None and self.since_best >= patience
 
     @property
+    def done(self) -> bool:
+        return self.step >= self.total or self.out_of_patience
+
+    @property
     def asked_to_stop(self) -> bool:
         """Whether this process was asked to stop, or of several any; all know it at the same step."""
         return self.stopping.by is not None if self.processes.alone else self.others_asked
@@ -154,25 +160,31 @@ class Training:
         # Scaled gradients are unscaled by Fabric, between its own backward pass and the step.
         return self.run.options.precision != "16-mixed"
 
-    def begin(self, *, resume: bool, overwrite: bool) -> None:
+    def begin(self, *, resume: bool | str, overwrite: bool) -> None:
         """Go on from a checkpoint, if there is one and ``resume`` is wanted; all processes begin alike.
 
         Raises:
             ValueError: If the checkpoint is damaged, was written by another fit, or has gone further than this one
                 shall go; if processes were given different fits.
         """
+        if self.folder is not None or not self.processes.alone:
+            with self.processes.together():
+                self.identity = identity_of(self)
         check_alike(self)
         # The others may have been given neither; what all do together follows the first.
         self.folder, self.calls_back = self.processes.broadcast((self.folder, bool(self.callbacks)))
         read = None
         with self.processes.together():
             if self.folder is not None and self.processes.first:
-                for path in leftovers(self.folder):
-                    path.unlink()
                 if resume and (self.folder / CHECKPOINT).exists():
-                    read = read_checkpoint(self, self.folder / CHECKPOINT)
+                    read = read_checkpoint(self, self.folder / CHECKPOINT, anyway=resume == "anyway")
                 elif overwrite:
                     clear_folder(self.folder)
+                elif (self.folder / WEIGHTS).exists():
+                    raise ValueError(
+                        f"{self.folder} holds a run and no {CHECKPOINT} to go on from; give another folder, or replace "
+                        "the run by overwrite=True"
+                    )
         read = self.processes.broadcast(read)
         if read is not None:
             with self.processes.together():
@@ -185,13 +197,14 @@ class Training:
         first = self.processes.first
         try:
             with self.processes.together():
-                if self.folder is not None and first:  # so that the folder is known as a run's from the start
+                # So that the folder is known as a run's from the start, and seen to be one that can be written.
+                if self.folder is not None and first and not (self.folder / WEIGHTS).exists():
                     write_yaml(self.folder / SETTINGS, settings_of(self.run))
             # Without a folder there is nothing to be written before the end.
             watched = self.stopping.watched() if self.folder is not None else nullcontext()
             with watched, progress_bar(disable=not (progress and first)) as bar:
                 task = bar.add_task("fit", total=self.total, completed=self.step, loss="")
-                while self.step < self.total and not stop and not self.out_of_patience:
+                while not self.done and not stop:
                     lacking = None
                     try:
                         stop = self._epoch(bar, task)
@@ -202,7 +215,7 @@ class Training:
             self._take_averaged()
             if self.best_weights:
                 load_weights(self.run.programs, self.best_weights, "the best weights")
-            with self.processes.together():
+            with self.processes.together(), self._said_when_unwritten():
                 if self.folder is not None and first:
                     write_run(self.run, self.folder)
             if self.stopping.by is not None:  # in the last step, and what follows this fit is not wanted
@@ -265,12 +278,13 @@ class Training:
                     row[INACTIVE_UNITS] = self._inactive_units()
                 figures = {name: value for name, value in row.items() if name != INACTIVE_UNITS}
                 known = {name: value for name, value in figures.items() if not math.isnan(value)}
-                self.fabric.log_dict(known, step=self.step)
+                with self._said_when_unwritten():
+                    self.fabric.log_dict(known, step=self.step)
         history, last = self.run.history, pd.DataFrame([self.processes.broadcast(row)])
         self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
         self.tally = Tally()
         stop = self._finish_epoch(epoch)
-        if self.asked_to_stop and self.step < self.total and not stop and not self.out_of_patience:
+        if self.asked_to_stop and not self.done and not stop:
             self._stop()
         return stop
 
@@ -477,7 +491,7 @@ class Training:
                 self.best = bound
                 with self._with_averaged():
                     self.best_weights = {k: v.detach().clone() for k, v in unique_tensors(self.run.programs).items()}
-        due = (epoch + 1) % options.checkpoint_every == 0 or self.step == self.total or self.out_of_patience
+        due = (epoch + 1) % options.checkpoint_every == 0 or self.done
         if due:
             self._checkpoint()
         stop = self.calls_back and self._call_back()
@@ -499,11 +513,19 @@ class Training:
         """Write everything needed to go on, the random states of all processes included."""
         if self.folder is not None:
             states = self.processes.gather((random_state(self.fabric.device), self.tally))
-            with self.processes.together():
+            with self.processes.together(), self._said_when_unwritten():
                 if self.processes.first:
                     write_checkpoint(self, self.folder / CHECKPOINT, states)
                     with self._with_averaged():
                         write_run(self.run, self.folder)
+
+    @contextmanager
+    def _said_when_unwritten(self) -> Iterator[None]:
+        """Within, an error in writing says how far training has come, and where it can go on."""
+        try:
+            yield
+        except WriteError as error:
+            raise WriteError(f"{error}. Training stands at step {self.step}, and {where_it_stands(self)}") from error
 
 
 def _give_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import Logger, TensorBoardLogger
+from lightning_fabric.loggers import Logger
 from lightning_fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -20,6 +20,8 @@ from lightning_fabric.plugins.environments import (
 from lightning_fabric.strategies import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed, nn
+
+from pyrogen.inference.events import Events
 
 __all__ = ["Processes", "alone", "connect", "environment", "is_first"]
 
@@ -90,7 +92,7 @@ def connect(device: str, precision: str, folder: Path | None = None) -> Fabric:
     kind, _, index = device.partition(":")
     loggers: list[Logger] = []
     if folder is not None and is_first():
-        loggers.append(TensorBoardLogger(folder, name="logs", version=""))
+        loggers.append(Events(folder / "logs"))
     options: dict[str, Any] = {"accelerator": kind, "precision": precision, "loggers": loggers}
     if around is not None:
         if index:

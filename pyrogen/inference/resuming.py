@@ -2,6 +2,8 @@
 
 import json
 import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,11 @@ from pyrogen.inference.checkpoints import (
     write_tensors,
 )
 from pyrogen.inference.compilation import Compiled
-from pyrogen.inference.run import settings_of
+from pyrogen.inference.fingerprints import sites_of, source_of
+from pyrogen.inference.folders import CHECKPOINT, HISTORY, WEIGHTS
+from pyrogen.inference.migration import FORMAT, checkpoint_of_1, fingerprint_of_1, format_of
+from pyrogen.inference.programs import Program
+from pyrogen.inference.run import read_history, settings_of
 from pyrogen.inference.tally import Tally
 from pyrogen.inference.turns import set_random_state
 from pyrogen.inference.watch import CriticWatch
@@ -25,13 +31,12 @@ from pyrogen.inference.watch import CriticWatch
 if TYPE_CHECKING:
     from pyrogen.inference.loop import Training
 
-__all__ = ["CHECKPOINT", "check_alike", "read_checkpoint", "restore", "write_checkpoint"]
+__all__ = ["check_alike", "identity_of", "read_checkpoint", "restore", "write_checkpoint"]
 
-CHECKPOINT = "checkpoint.safetensors"
 MAY_CHANGE = ("epochs", "steps", "patience", "device", "checkpoint_every", "loader_workers")
 """Options that another part of the same run may have."""
-WHERE_THERE_WERE_NONE: dict[str, Any] = {"matmul_precision": "highest", "non_finite": "stop"}
-"""Options that checkpoints of earlier versions lack, and what fits did then."""
+NAMED = 3
+"""How many differences a message names."""
 
 
 def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[str, Tensor], Tally]]) -> None:
@@ -48,6 +53,7 @@ def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[s
         tensors |= {f"{_of('random', rank)}{name}": value for name, value in state.items()}
         tensors |= {f"{_of('tally', rank)}{name}": value for name, value in tally.sums.items()}
     values = {
+        "format": FORMAT,
         "step": training.step,
         "best": None if math.isinf(training.best) else training.best,
         "since_best": training.since_best,
@@ -60,27 +66,29 @@ def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[s
         "tallies": [tally.counts() for _, tally in states],
         "compiled": training.compiled is not None,
         "precision": training.fabric.strategy.precision.state_dict(),
-        "identity": _identity(training),
+        "made": run.made,
+        "identity": training.identity,
     }
     write_tensors(path, tensors, values)
 
 
-def read_checkpoint(training: "Training", path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint's tensors and values.
+
+    Args:
+        training: What shall go on.
+        path: Of the checkpoint.
+        anyway: Whether it may be one of a fit that differs, of which a warning then tells.
 
     Raises:
         ValueError: If it is damaged, was written by another fit, or has gone further than this one shall go.
     """
     tensors, values = read_tensors(path)
+    here = training.identity
     try:
-        there = {"processes": 1} | values["identity"]
-        there["options"] = WHERE_THERE_WERE_NONE | there["options"]
-        difference = first_difference(there, _identity(training))
-        if difference is not None:
-            raise ValueError(
-                f"{path} was written by a fit that differs: {difference}. Resume with what it was begun with (only "
-                f"{', '.join(MAY_CHANGE)} may change), or begin anew with overwrite=True"
-            )
+        if format_of(values, path, default=1) == 1:
+            values, here = checkpoint_of_1(values), _identity_of_1(training)
+        found = [*differences(values["identity"], here), *_of_another_training(path.parent / WEIGHTS, values)]
         if values["step"] > training.total:
             raise ValueError(
                 f"{path} has gone {values['step']} steps already, more than the {training.total} of this fit; give "
@@ -88,14 +96,35 @@ def read_checkpoint(training: "Training", path: Path) -> tuple[dict[str, Tensor]
             )
     except (KeyError, TypeError, AttributeError) as error:
         raise _of_another_version(error) from error
+    if found:
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        differs = f"{path} was written by a fit that differs: {'; '.join(found[:NAMED])}{more}"
+        if not anyway:
+            raise ValueError(
+                f"{differs}. Resume with what it was begun with (only {', '.join(MAY_CHANGE)} may change), begin anew "
+                "with overwrite=True, or go on all the same with resume='anyway' (--resume --anyway)"
+            )
+        warnings.warn(f"{differs}; it goes on all the same", stacklevel=2)
     return tensors, values
+
+
+def _of_another_training(weights: Path, values: dict[str, Any]) -> Iterator[str]:
+    """Whether weights beside a checkpoint come from elsewhere, in words; damaged ones will be written anew."""
+    try:
+        text = read_tensors(weights)[1]["files"][HISTORY]
+    except (ValueError, KeyError):
+        return
+    # Two trainings, alike in all else, take different times.
+    beside, own = (table.get("seconds", ()) for table in (read_history(text, weights.parent), values["history"]))
+    if any(one != other for one, other in zip(beside, own, strict=False)):
+        yield f"{weights.name} beside it are of another training"
 
 
 def restore(training: "Training", tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Put a training where it stood."""
     try:
         _restore(training, tensors, values)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise _of_another_version(error) from error
 
 
@@ -109,25 +138,30 @@ def _restore(training: "Training", tensors: dict[str, Tensor], values: dict[str,
 
     run = training.run
     load_weights(run.programs, under("weights."), CHECKPOINT)
+    was, now = values["identity"]["options"]["optimizer"], training.identity["options"]["optimizer"]
     for kind, optimizer in training.optimizers.items():
-        load_optimizer(optimizer, under(f"optimizer.{kind}."), values["optimizers"][kind])
-    for index, tensor in enumerate(training.averaged):
-        tensor.copy_(under("averaged.")[str(index)])
+        if kind == "critic" or was == now:  # another optimizer has no use for what this one has gathered
+            load_optimizer(optimizer, under(f"optimizer.{kind}."), values["optimizers"][kind])
+    averaged = under("averaged.")
+    for index, (tensor, own) in enumerate(zip(training.averaged, training.trained, strict=False)):
+        tensor.copy_(averaged.get(str(index), own.detach()))
     training.watch = CriticWatch(**values["watch"])
     if values["compiled"] and training.compiled is None:
         training.compiled = Compiled(training.programs)
     training.fabric.strategy.precision.load_state_dict(values["precision"])
     training.best_weights = under("best.")
     training.step, training.since_best = values["step"], values["since_best"]
-    training.best = -math.inf if values["best"] is None else values["best"]
+    training.best = -math.inf if values["best"] is None else values["best"] + 0.0
     run.objective.step, run.seconds = values["objective_step"], values["seconds"]
     run.compile_seconds = values["compile_seconds"]
     run.history = pd.DataFrame(values["history"])
+    if training.done:  # nothing is made any more
+        run.made = values.get("made", run.made)
     rank, device = training.processes.rank, training.fabric.device
-    sums = {name: value.to(device) for name, value in under(_of("tally", rank)).items()}
-    counts = values.get("tallies", {})  # which checkpoints of earlier versions lack, for they end with an epoch
-    training.tally = Tally(sums, **(counts[rank] if counts else {}))
-    set_random_state(under(_of("random", rank)), device)
+    if rank < len(values["tallies"]):
+        sums = {name: value.to(device) for name, value in under(_of("tally", rank)).items()}
+        training.tally = Tally(sums, **values["tallies"][rank])
+        set_random_state(under(_of("random", rank)), device)
 
 
 def check_alike(training: "Training") -> None:
@@ -135,20 +169,19 @@ def check_alike(training: "Training") -> None:
     processes = training.processes
     if processes.alone:
         return
-    settings, held = settings_of(training.run), training.validation
+    settings = settings_of(training.run)
 
     def described(values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if "not_described" not in str(value)}
 
     own = {
         "options": described(settings["options"]),
-        "data": _identity(training)["data"],
-        "validation": {"rows": len(held), "fingerprint": held.fingerprint()} if held is not None else {"rows": 0},
+        "data": training.identity["data"],
         "weights": {name: list(value.shape) for name, value in unique_tensors(training.programs).items()},
         **described({"objective": settings["objective"]}),
         "critic_steps": training.critic_steps,
     }
-    difference = first_difference(processes.broadcast(own), own)
+    difference = next(differences(processes.broadcast(own), own), None)
     with processes.together():
         if difference is not None:
             raise ValueError(
@@ -162,28 +195,41 @@ def _of(what: str, rank: int) -> str:
     return f"{what} of {rank}." if rank else f"{what}."
 
 
-def _identity(training: "Training") -> dict[str, Any]:
-    """What may not change when a run goes on, as plain values."""
+def identity_of(training: "Training") -> dict[str, Any]:
+    """What may not change when a run goes on, as plain values: options, data, and programs with sites and source."""
     run, settings = training.run, settings_of(training.run)
-    parts = {name: settings[name] for name in ("model", "guide", "objective")}
-    options = {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE}
-    source = {name: value for name, value in (run.data or {}).items() if name not in ("name", "root")}
-    data = {
-        "rows": len(training.batches),
-        "fingerprint": training.fingerprint,
-        "example": run.example,
-        "source": source,
+    batches, validation = training.given
+    batch = tuple(x.to(training.fabric.device) for x in training.batches.first())
+    programs = [part.function if isinstance(part, Program) else part for part in run.programs.modules()]
+    identity = {
+        "processes": training.processes.count,
+        "options": {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE},
+        "data": {
+            "rows": len(batches),
+            "fingerprint": batches.fingerprint(),
+            "validation": None if validation is None else validation.fingerprint(),
+            "example": run.example,
+            "source": {name: value for name, value in (run.data or {}).items() if name not in ("name", "root")},
+        },
+        **{name: settings[name] for name in ("model", "guide", "objective")},
+        "sites": {"model": sites_of(run.model, *batch), "guide": sites_of(run.guide, *batch)},
+        "source": source_of([*programs, run.objective, run.options.optimizer, run.options.schedule]),
     }
-    whole = {"processes": training.processes.count, "options": options, "data": data} | parts
-    return json.loads(json.dumps(whole))
+    return json.loads(json.dumps(identity))
 
 
-def first_difference(there: Any, here: Any, name: str = "") -> str | None:
-    """Where two plain values differ first, in words, or None."""
+def _identity_of_1(training: "Training") -> dict[str, Any]:
+    """What format 1 knew of that."""
+    batches, _ = training.given
+    identity = {name: value for name, value in training.identity.items() if name not in ("sites", "source")}
+    data = {name: value for name, value in identity["data"].items() if name != "validation"}
+    return identity | {"data": data | {"fingerprint": fingerprint_of_1(batches.rows, len(batches))}}
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """Where two plain values differ, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
-        found = (
-            first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-            for key in {**there, **here}
-        )
-        return next((difference for difference in found if difference is not None), None)
-    return None if there == here else f"{name} was {there!r} and is {here!r}"
+        for key in {**there, **here}:
+            yield from differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name} was {there!r} and is {here!r}"

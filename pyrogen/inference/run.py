@@ -1,11 +1,11 @@
 """A run: what a fit leaves behind, on disk as safetensors and YAML."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import math
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,32 +16,21 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from pyrogen.configuration import build, describe
-from pyrogen.inference.checkpoints import (
-    atomically,
-    leftovers,
-    load_weights,
-    read_tensors,
-    unique_tensors,
-    write_tensors,
-)
+from pyrogen.inference.checkpoints import atomically, load_weights, read_tensors, unique_tensors, write_tensors
+from pyrogen.inference.folders import CHECKPOINT, HISTORY, SETTINGS, WEIGHTS, clear_folder, held, prepare_folder
+from pyrogen.inference.migration import FORMAT, format_of, settings_of_1
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import is_first
 from pyrogen.inference.programs import Program, as_module, make_example
 from pyrogen.inference.turns import seeded
 
-__all__ = ["CriticOptions", "FitOptions", "OutputExistsError", "Run", "load", "prepare_folder", "save", "write_yaml"]
+__all__ = ["CriticOptions", "FitOptions", "Run", "load", "read_history", "save", "write_yaml"]
 
-FORMAT = 1
-WEIGHTS, SETTINGS, HISTORY = "weights.safetensors", "run.yaml", "history.csv"
 INACTIVE_UNITS = "inactive_units"
 """The one column of a history that is text."""
-
-
-class OutputExistsError(FileExistsError, ValueError):
-    """An output folder that holds something and was not to be overwritten."""
 
 
 @dataclass(frozen=True)
@@ -202,43 +191,6 @@ class Run:
         )
 
 
-def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) -> Path:
-    """See that an output folder may be written; nothing in it changes until ``overwrite`` clears an earlier run.
-
-    Raises:
-        OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, or if what it
-            holds was left by no run.
-    """
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"{folder} is a file; give the path of a folder")
-    if not folder.exists() or not {*folder.iterdir()} - {*leftovers(folder)}:
-        return folder
-    if not (overwrite or resume):
-        raise OutputExistsError(
-            f"the folder {folder} exists and is not empty; give another, resume the run in it (resume=True, "
-            "--resume), or replace it (overwrite=True, --overwrite)"
-        )
-    if not any((folder / name).is_file() for name in (SETTINGS, "compare.yaml")):
-        raise OutputExistsError(
-            f"{folder} holds no run of pyrogen's, so nothing in it is resumed or overwritten; empty it yourself, or "
-            "give another folder"
-        )
-    return folder
-
-
-def clear_folder(folder: Path) -> None:
-    """Delete an earlier run, once :func:`prepare_folder` has allowed it and all else was checked."""
-    if not folder.exists():
-        return
-    # The file by which a run is known goes last: a clearing cut short can be begun again.
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in (SETTINGS, "compare.yaml")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def settings_of(run: Run) -> dict[str, Any]:
     """Everything needed to build the run's objects again, as plain values."""
     settings: dict[str, Any] = {
@@ -275,12 +227,19 @@ def _described(value: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> An
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
     """Write plain values as YAML, atomically."""
-    with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
+    with atomically(path) as temporary:
+        temporary.write_text(_yaml(values), encoding="utf-8", newline="")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a run: ``weights.safetensors``, ``run.yaml`` and ``history.csv``.
+
+    The first holds all of it, with a checksum; the other two are copies for people to read. At any moment, even if the
+    process is killed, :func:`load` finds the earlier run or the new one, whole.
 
     Of several processes that train together the first one writes, and the others do nothing here, unless within
     :func:`pyrogen.inference.parallel.alone`.
@@ -295,28 +254,42 @@ def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
         overwrite: Whether a run already there is replaced.
 
     Raises:
-        OutputExistsError: If the folder holds something and ``overwrite`` is not set, or something that is no run.
+        OutputExistsError: If the folder holds something and ``overwrite`` is not set, or something that is no run, or
+            if another process writes there.
+        WriteError: If a file can't be written; the earlier run stays.
     """
     if not is_first():
         return Path(folder)
     folder = prepare_folder(folder, overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        # Written as a whole before the old run goes.
-        write_run(run, Path(temporary))
-        clear_folder(folder)
-        for path in Path(temporary).iterdir():
-            os.replace(path, folder / path.name)
+    with held(folder, overwrite=overwrite):
+        # What was found of an earlier run goes with it; its checkpoint is known to be another's meanwhile.
+        write_run(run, folder, then=functools.partial(clear_folder, folder, keep=[WEIGHTS, CHECKPOINT]))
+        (folder / CHECKPOINT).unlink(missing_ok=True)
     return folder
 
 
-def write_run(run: Run, folder: Path) -> None:
-    """Write a run's files into a folder, each atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, unique_tensors(run.programs), {"format": FORMAT})
-    with atomically(folder / HISTORY) as temporary:
-        run.history.to_csv(temporary, index=False)
-    write_yaml(folder / SETTINGS, settings_of(run))
+def write_run(run: Run, folder: Path, then: Callable[[], Any] = lambda: None) -> None:
+    """Write a run's files into a folder.
+
+    Weights hold the text of the others, which go before the weights take their place and come after that, so that the
+    run changes in one step, and no copy ever says what is not so.
+
+    Args:
+        run: The run.
+        folder: Where to.
+        then: As for :func:`~pyrogen.inference.checkpoints.atomically`, of the weights.
+    """
+    copies = {SETTINGS: _yaml(settings_of(run)), HISTORY: run.history.to_csv(index=False)}
+
+    def make_way() -> None:
+        then()
+        for name in copies:
+            (folder / name).unlink(missing_ok=True)
+
+    write_tensors(folder / WEIGHTS, unique_tensors(run.programs), {"format": FORMAT, "files": copies}, make_way)
+    for name, text in copies.items():
+        with atomically(folder / name) as temporary:
+            temporary.write_bytes(text.encode())
 
 
 def load(
@@ -338,12 +311,11 @@ def load(
         The run, on the CPU.
 
     Raises:
-        ValueError: If a file is missing or damaged, a part can't be built, or the weights are another model's.
+        ValueError: If a file is damaged, files are not of one run, a part can't be built, or the weights are another
+            model's.
     """
     folder = Path(folder)
-    settings = read_settings(folder)
-    tensors, _ = read_tensors(folder / WEIGHTS)
-    history = _read_history(folder)
+    tensors, settings, history = _read_files(folder)
     model, guide, objective = _build_parts(
         settings, {"model": model, "guide": guide, "objective": objective}, folder, trust
     )
@@ -359,8 +331,8 @@ def load(
             data=settings["data"],
             example=settings["example"],
             seconds=settings["seconds"],
-            compile_seconds=settings.get("compile_seconds", 0.0),
-            made=settings.get("made", {}),
+            compile_seconds=settings["compile_seconds"],
+            made=settings["made"],
         )
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise ValueError(
@@ -400,17 +372,58 @@ def _is_not_described(value: Any) -> bool:
     return isinstance(value, Mapping) and "not_described" in value
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The contents of a run's ``run.yaml``."""
-    path = folder / SETTINGS
+def _read_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.DataFrame]:
+    """Weights, settings and history of a run, once its files are seen to belong together."""
+    path = folder / WEIGHTS
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no {SETTINGS}; give the folder that a fit wrote")
+        holds = "has" if (folder / SETTINGS).is_file() else "holds no run: there is"
+        raise ValueError(f"{folder} {holds} no {WEIGHTS}; give the folder of a fit that has come to a checkpoint")
+    before = path.stat()
+    tensors, values = read_tensors(path)
+    number = format_of(values, path)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = _text_of if number > 1 else _text_of_1
+        texts = {name: read(folder / name, values) for name in (SETTINGS, HISTORY)}
+    except ValueError:
+        if (path.stat().st_ino, path.stat().st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+            return _read_files(folder)  # a fit under way has written meanwhile
+        raise
+    return tensors, _read_settings(texts[SETTINGS], folder / SETTINGS, number), read_history(texts[HISTORY], folder)
+
+
+def _text_of(path: Path, values: dict[str, Any]) -> str:
+    """What weights say that a file beside them holds, once this is seen to be so if the file is there."""
+    texts = values.get("files")
+    text = texts.get(path.name) if isinstance(texts, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{path.parent / WEIGHTS} is damaged: it lacks {path.name}; restore it from a copy")
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() != text.encode():
+            raise ValueError(
+                f"{path} and {WEIGHTS} beside it are not of one run: one was changed, cut short or taken from another. "
+                f"Restore them from a copy; or if the weights are right, delete {path.name}, which they hold too"
+            )
+    return text
+
+
+def _text_of_1(path: Path, values: dict[str, Any]) -> str:
+    """The same of the first format, whose weights hold nothing else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        why = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+        raise ValueError(f"{path} is {why}; restore it from a copy") from error
+
+
+def _read_settings(text: str, path: Path, number: int) -> dict[str, Any]:
+    """The contents of a ``run.yaml``."""
+    try:
+        settings = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise ValueError(f"{path} is damaged, or of another format than this version of pyrogen reads ({FORMAT})")
+    if not isinstance(settings, dict) or settings.get("format") != number:
+        raise ValueError(f"{path} is damaged, or not of format {number} as {WEIGHTS} beside it; restore it from a copy")
+    settings = settings_of_1(settings)
     lacking = {"model", "guide", "objective", "options", "example", "data", "seconds"} - settings.keys()
     if lacking or not isinstance(settings["options"], dict):
         raise ValueError(f"{path} is damaged: it lacks {sorted(lacking) or 'options'}; restore it from a copy")
@@ -421,19 +434,22 @@ def _number(name: str, text: str) -> float:
     return int(text) if name in ("epoch", "step") else float(text or "nan")
 
 
-def _read_history(folder: Path) -> pd.DataFrame:
+def read_history(text: str, folder: Path) -> pd.DataFrame:
+    """The table in the text of a folder's ``history.csv``.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     try:
-        text = pd.read_csv(folder / HISTORY, dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         # Python's own float reads exactly what was written; pandas' default, in older versions, nearly.
         return pd.DataFrame(
             {
                 name: [*column] if name == INACTIVE_UNITS else [_number(str(name), x) for x in column]
-                for name, column in text.items()
+                for name, column in table.items()
             }
         )
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no {HISTORY}; the run is not whole") from error
     except ValueError as error:
         raise ValueError(f"{folder / HISTORY} is damaged ({error}); restore it from a copy") from error

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
+from pyrogen.inference.folders import held, prepare_folder
 from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.programs import as_module, describe_example, modules_of
 from pyrogen.inference.provenance import provenance
-from pyrogen.inference.run import CriticOptions, FitOptions, Run, prepare_folder
+from pyrogen.inference.run import CriticOptions, FitOptions, Run
 from pyrogen.inference.turns import Turn, seeded
 
 __all__ = ["fit"]
@@ -49,7 +50,7 @@ def fit(
     progress: bool = True,
     out: str | Path | None = None,
     checkpoint_every: int = 1,
-    resume: bool = False,
+    resume: bool | Literal["anyway"] = False,
     overwrite: bool = False,
     critic: CriticOptions | None = None,
     average: float | None = None,
@@ -99,7 +100,10 @@ def fit(
             that of a training never interrupted, but for ``compile="auto"``, which takes its times anew. All arguments
             must be as they were, and the number of processes, but not how long: larger ``epochs`` or ``steps`` go on
             with a finished run. A schedule then runs over the new length, from the share of it that is done; a
-            learning rate that had fallen rises again.
+            learning rate that had fallen rises again. What differs in options, in data (see
+            :func:`~pyrogen.inference.fingerprints.fingerprint`; the validation data too), or in the description, the
+            sites or the source of programs is named and refused; ``"anyway"`` warns of it and goes on with the weights
+            that the checkpoint holds, and with the state of the optimizer unless that is another.
         overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
         critic: How the critics are trained, for an objective that has some; see
             :class:`~pyrogen.inference.CriticOptions`.
@@ -131,7 +135,8 @@ def fit(
 
     Raises:
         ValueError: Before any training, for data, programs or options that do not fit each other.
-        OutputExistsError: Before any training, if ``out`` holds something.
+        OutputExistsError: Before any training, if ``out`` holds something or another process writes there.
+        WriteError: If a file can't be written, for a full disk, say; what was written before stays.
         NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began.
         torch.OutOfMemoryError: If a step takes more memory than a GPU has; it names a ``batch_size`` that fits.
         KeyboardInterrupt, SystemExit: After Ctrl-C; after SIGTERM, with the code 143.
@@ -173,6 +178,8 @@ def fit(
             f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
             "pyro.infer.SVI"
         )
+    if resume not in (True, False, "anyway"):
+        raise ValueError(f"resume is True, False or 'anyway', got {resume!r}")
     fabric = connect(device, precision, None if out is None else Path(out))
     processes = Processes(fabric)
     folder = None if out is None else Path(out)
@@ -181,7 +188,7 @@ def fit(
             if resume and folder is None and processes.first:
                 raise ValueError("resume needs out=, the folder of the run that shall go on")
             if folder is not None and processes.first:
-                prepare_folder(folder, overwrite=overwrite, resume=resume)
+                prepare_folder(folder, overwrite=overwrite, resume=bool(resume))
             batches, validation = training_and_validation(data, batch_size, seed)
             batches = dataclasses.replace(batches, rank=processes.rank, ranks=processes.count, workers=loader_workers)
             if validation is not None:
@@ -215,9 +222,13 @@ def fit(
                 if objective.observations is None:
                     run.objective.observations = len(batches)
                 training = Training(run, batches, validation, fabric, folder, tuple(callbacks), turn)
-            training.begin(resume=resume, overwrite=overwrite)
-            with pyro.validation_enabled(False):  # the checks are made, and cost time
-                training.go(progress)
+            with ExitStack() as lock:
+                with processes.together():
+                    if folder is not None and processes.first:
+                        lock.enter_context(held(folder, overwrite=overwrite, resume=bool(resume)))
+                training.begin(resume=resume, overwrite=overwrite)
+                with pyro.validation_enabled(False):  # the checks are made, and cost time
+                    training.go(progress)
         return run
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrogen.inference.folders import CHECKPOINT
 from pyrogen.inference.objectives import Estimate
-from pyrogen.inference.resuming import CHECKPOINT
 
 if TYPE_CHECKING:
     from pyrogen.inference.loop import Training

@@ -1,0 +1,542 @@
+"""Writing that is killed or fails at any step, folders that others write, disks that are full or may only be read."""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import pyrogen as pg
+from pyrogen.distributions import Bernoulli, Normal, StandardNormal
+from pyrogen.inference import ELBO, AmortizedGuide, OutputExistsError, checkpoints, fit
+from pyrogen.inference.checkpoints import WriteError, write_tensors
+from pyrogen.inference.events import Events
+from pyrogen.inference.folders import held
+from pyrogen.models import LatentVariableModel
+from pyrogen.networks import MLP
+
+SHAPE = (1, 2, 2)
+ROWS = (torch.arange(64) * 5 % 7 > 3).reshape(16, *SHAPE)
+LEFTOVER = re.compile(r"\..+-[0-9a-f]{16}")
+
+
+def fitted(folder, built=1, epochs=2, **given) -> Any:
+    torch.manual_seed(built)
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, SHAPE, hidden=(3,))))
+    guide = AmortizedGuide(model, MLP(SHAPE, 3, hidden=()))
+    options: dict[str, Any] = {"epochs": epochs, "batch_size": 8, "progress": False} | given
+    return fit(model, guide, ELBO(), ROWS, out=folder, **options)
+
+
+def state(run) -> tuple[Any, ...]:
+    """All that tells one run from another."""
+    weights = {name: value.tolist() for name, value in run.programs.state_dict().items()}
+    return weights, run.history.to_csv(), run.options, run.seconds
+
+
+def without_times(run) -> tuple[Any, ...]:
+    weights = {name: value.tolist() for name, value in run.programs.state_dict().items()}
+    return weights, run.history.drop(columns=["seconds", "rows_per_second"]).to_csv()
+
+
+def contents(folder):
+    """Every file below a folder with its bytes, but for the lock."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob("*") if LEFTOVER.fullmatch(path.name)]
+
+
+class Killed(BaseException):
+    """What a process that is killed does not live to see."""
+
+
+class Steps:
+    """Counts what changes the disk, and at a step raises instead.
+
+    With ``killed``, half of what was to be written is, and from then on nothing changes any more, as no code runs
+    after a kill; else the one step fails as on a full disk.
+    """
+
+    def __init__(self, patch, at, *, killed):
+        self.at, self.killed, self.count = at, killed, 0
+        for name in ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync", "chmod"):
+            patch.setattr(os, name, self.step(getattr(os, name)))
+        patch.setattr(io, "open", self.step(io.open, only_if=lambda path, mode="r", *_: "r" not in mode))
+        patch.setattr(os, "open", self.step(os.open, only_if=lambda path, flags, *_, **__: flags & os.O_CREAT))
+        patch.setattr(Path, "write_bytes", self.step(Path.write_bytes, half=_half_of_bytes))
+        patch.setattr(checkpoints, "save_file", self.step(checkpoints.save_file, half=_half_of_file))
+
+    def step(self, function, only_if=lambda *_, **__: True, half=lambda *_, **__: None):
+        def stepping(*given, **named):
+            if str(given[0]).endswith(".lock") or not only_if(*given, **named):
+                return function(*given, **named)
+            self.count += 1
+            if self.count == self.at or (self.killed and self.count > self.at):
+                if self.count == self.at:
+                    half(*given, **named)
+                raise Killed if self.killed else OSError(28, "No space left on device")
+            return function(*given, **named)
+
+        return stepping
+
+
+def _half_of_bytes(path, data):
+    with open(path, "wb") as file:
+        file.write(data[: len(data) // 2])
+
+
+def _half_of_file(tensors, path, **_):
+    Path(path).write_bytes(b"\x40" * 100)
+
+
+def at_every_step(monkeypatch, act, places, *, killed, stride=1):
+    """Act on a place after the other, with each step of it killed or failing in turn, until it comes to its end.
+
+    Gives the places, and what was raised there.
+    """
+    for at, place in zip(itertools.count(1, stride), places, strict=False):
+        with monkeypatch.context() as patch:
+            steps = Steps(patch, at, killed=killed)
+            try:
+                act(place)
+                error = None
+            except (Killed, OSError) as raised:
+                error = raised
+        yield place, error
+        if steps.count < at:
+            assert error is None and at > 10
+            return
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder that a fit has left, evaluated, and a run to be saved over it."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    fitted(folder)
+    (folder / "evaluation.yaml").write_text("[]\n")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "a.png").write_bytes(b"picture")
+    return folder, fitted(None, built=2, epochs=3)
+
+
+def copies(folder, place):
+    """Copies of a folder, each made when it is asked for."""
+    return (Path(shutil.copytree(folder, place / str(number))) for number in itertools.count(1))
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_save_stopped_at_any_step_leaves_the_old_run_or_the_new(killed, two, tmp_path, monkeypatch):
+    folder, new = two
+    old, before = state(pg.load(folder)), contents(folder)
+    whole = without_times(fitted(shutil.copytree(folder, tmp_path / "whole"), epochs=4, resume=True))
+    seen = set()
+
+    def act(there):
+        pg.save(new, there, overwrite=True)
+
+    for there, error in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=killed):
+        found = state(pg.load(there))
+        assert found in (old, state(new))
+        is_old = found == old
+        seen.add(is_old)
+        if not killed:
+            assert error is None or isinstance(error, OSError)
+            if is_old and error is not None:
+                assert contents(there).items() <= before.items()
+                assert re.search(r"weights\.safetensors could not be written: No space left.* Free some", str(error))
+        if not is_old:  # whatever was found of the old one is gone
+            assert not {"evaluation.yaml", "logs", "figures"} & {path.name for path in there.iterdir()}
+            if (there / "checkpoint.safetensors").exists():
+                with pytest.raises(ValueError, match="beside it are of another training"):
+                    fitted(there, epochs=4, resume=True)
+        else:
+            on = fitted(shutil.copytree(there, tmp_path / f"{there.name} on"), epochs=4, resume=True)
+            assert without_times(on) == whole
+        if error is not None:  # what is left over goes with the next
+            pg.save(new, there, overwrite=True)
+            assert state(pg.load(there)) == state(new)
+        assert not leftovers(there)
+        assert {*contents(there)} == {"weights.safetensors", "run.yaml", "history.csv"}
+    assert seen == {True, False}
+
+
+def test_a_save_into_a_new_folder_killed_at_any_step_can_be_made_again(two, tmp_path, monkeypatch):
+    _, new = two
+    seen = set()
+    places = (tmp_path / str(number) / "run" for number in itertools.count(1))
+    for there, _ in at_every_step(monkeypatch, lambda there: pg.save(new, there), places, killed=True):
+        whole = (there / "weights.safetensors").exists()
+        seen.add(whole)
+        if whole:
+            assert state(pg.load(there)) == state(new)
+        pg.save(new, there, overwrite=whole)  # which leftovers alone do not ask for
+        assert state(pg.load(there)) == state(new) and not leftovers(there)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_checkpoint_stopped_at_any_step_leaves_a_run_that_goes_on(killed, two, tmp_path, monkeypatch):
+    folder, _ = two
+    old = without_times(pg.load(folder))
+    whole = without_times(fitted(shutil.copytree(folder, tmp_path / "whole"), epochs=3, resume=True))
+    epochs = set()
+
+    def act(there):
+        fitted(there, epochs=3, resume=True)
+
+    for there, error in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=killed, stride=3):
+        found = pg.load(there)
+        epochs.add(len(found.history))
+        assert len(found.history) != 2 or without_times(found) == old
+        if isinstance(error, WriteError):
+            assert str(there) in str(error) and "nothing that was there before is lost" in str(error)
+            assert "Training stands at step" in str(error) and "the last good checkpoint is" in str(error)
+        assert without_times(fitted(there, epochs=3, resume=True)) == whole
+        assert without_times(pg.load(there)) == whole and not leftovers(there)
+    assert epochs == {2, 3}
+
+
+def test_a_folder_killed_at_any_step_of_its_clearing_holds_the_old_run_or_none(two, tmp_path, monkeypatch):
+    folder, _ = two
+    old, begun = state(pg.load(folder)), without_times(fitted(tmp_path / "new", built=3))
+
+    class Enough(Exception):
+        pass
+
+    def stop(self, progress):
+        raise Enough
+
+    def act(there):
+        with monkeypatch.context() as patch, pytest.raises(Enough):
+            patch.setattr("pyrogen.inference.loop.Training.go", stop)
+            fitted(there, built=3, overwrite=True)
+
+    for there, _ in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=True):
+        if (there / "weights.safetensors").exists():
+            assert state(pg.load(there)) == old
+        else:
+            with pytest.raises(ValueError, match=r"holds no run|has no weights"):
+                pg.load(there)
+        assert without_times(fitted(there, built=3, overwrite=True)) == begun
+
+
+def test_leftovers_of_killed_writes_go_and_make_no_folder_foreign(tmp_path):
+    names = [f".weights.safetensors-{'0a' * 8}", f".run.yaml-{'f' * 16}", f".a-b.c-{'9' * 16}"]
+    others = [".weights.safetensors-xyz", f"a-{'0' * 16}", f".a-{'0' * 15}", f".a-{'g' * 16}"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    fitted(tmp_path)
+    assert not leftovers(tmp_path)
+    for name in (*names, *others):
+        (tmp_path / name).write_bytes(b"half")
+    fitted(tmp_path, epochs=3, resume=True)
+    assert not leftovers(tmp_path) and all((tmp_path / name).exists() for name in others)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / others[0]).write_bytes(b"mine")
+    with pytest.raises(OutputExistsError, match="holds no run of pyrogen's"):
+        fitted(alone, overwrite=True)
+    assert (alone / others[0]).read_bytes() == b"mine"
+
+
+HOLDS = """
+import sys, time
+sys.path.insert(0, {here!r})
+from test_folders import fitted
+
+def wait(run):
+    print("trained", flush=True)
+    time.sleep(600)
+
+fitted({folder!r}, epochs=3, callbacks=[wait])
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process in the middle of a fit, and its folder."""
+    text = HOLDS.format(here=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"trained\n"
+        yield process, tmp_path / "run"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_of_two_processes_with_one_folder_one_is_told_of_the_other(holder, tmp_path):
+    process, folder = holder
+    run, before = fitted(None), contents(folder)
+    said = rf"run is being written by another fit, comparison or save \(process {process.pid} on .*\); wait"
+    model = run.model
+    compared: dict[str, Any] = {"guides": {"a": (Normal, ELBO())}, "encoder": lambda: MLP(SHAPE, 3), "data": ROWS}
+    for act in (
+        lambda: fitted(folder),
+        lambda: fitted(folder, epochs=3, resume=True),
+        lambda: fitted(folder, overwrite=True),
+        lambda: pg.save(run, folder, overwrite=True),
+        lambda: pg.compare(model, **compared, epochs=1, out=folder, overwrite=True, progress=False),
+    ):
+        with pytest.raises(OutputExistsError, match=said):
+            act()
+    assert contents(folder) == before
+    assert len(pg.load(folder).history) == 1  # reading asks nobody
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    whole = fitted(tmp_path / "whole", epochs=3)
+    assert without_times(fitted(folder, epochs=3, resume=True)) == without_times(whole)
+
+
+def test_a_run_is_read_while_another_is_written(two, tmp_path, monkeypatch):
+    """Weights and copies are then of two states for a moment, which is no damage."""
+    folder, new = shutil.copytree(two[0], tmp_path / "run"), two[1]
+
+    def meanwhile(path):
+        found = checkpoints.read_tensors(path)
+        monkeypatch.setattr("pyrogen.inference.run.read_tensors", checkpoints.read_tensors)
+        pg.save(new, folder, overwrite=True)
+        return found
+
+    monkeypatch.setattr("pyrogen.inference.run.read_tensors", meanwhile)
+    assert state(pg.load(folder)) == state(new)
+
+
+def test_a_folder_that_fills_while_data_are_checked_is_refused(tmp_path, monkeypatch):
+    """Whoever comes second may have looked before the first one wrote."""
+    from pyrogen.inference import training
+
+    checked = training.check_programs
+
+    def meanwhile(*given, **named):
+        monkeypatch.setattr(training, "check_programs", checked)
+        fitted(tmp_path / "run")
+        return checked(*given, **named)
+
+    monkeypatch.setattr(training, "check_programs", meanwhile)
+    with pytest.raises(OutputExistsError, match="exists and is not empty"):
+        fitted(tmp_path / "run", built=2)
+    assert state(pg.load(tmp_path / "run"))[0] == state(fitted(None))[0]
+
+
+def test_two_commands_at_once_make_one_run(tmp_path):
+    command = [sys.executable, "-m", "pyrogen", "fit", "--epochs", "3", "--latent", "2", "--out", str(tmp_path / "run")]
+    options: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **options) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    lines = next(text for process, text in zip(both, said, strict=True) if process.returncode).splitlines()
+    assert re.search(r"error: .*run (exists and is not empty|is being written by another)", lines[-1]), said
+    assert len(pg.load(tmp_path / "run").history) == 3
+
+
+def test_a_fit_does_not_share_its_folder_within_its_process(tmp_path):
+    errors = []
+
+    def act(run):
+        for other in (lambda: pg.save(run, tmp_path / "run", overwrite=True), lambda: fitted(tmp_path / "run")):
+            try:
+                other()
+            except OutputExistsError as error:
+                errors.append(str(error))
+
+    fitted(tmp_path / "run", callbacks=[act])
+    assert len(errors) == 4 and all(f"process {os.getpid()} on" in error for error in errors)
+    thread = threading.Thread(target=lambda: fitted(tmp_path / "run", epochs=3, resume=True))
+    thread.start()
+    thread.join()
+    assert len(pg.load(tmp_path / "run").history) == 3
+
+
+def test_a_lock_is_given_back_whatever_comes(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), held(tmp_path / "run", overwrite=True):
+            assert str(os.getpid()) in (tmp_path / "run" / ".lock").read_text()
+            raise ZeroDivisionError
+        assert not [*(tmp_path / "run").iterdir()]
+
+
+def test_only_one_of_many_holds_a_folder_at_a_time(tmp_path):
+    """Locks come and go, and with them their file."""
+    inside, seen = [], []
+
+    def act():
+        for _ in range(40):
+            with contextlib.suppress(OutputExistsError), held(tmp_path / "run", overwrite=False):
+                inside.append(None)
+                seen.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=act) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {*seen} == {1} and len(seen) > 40
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A disk of 400 kB, where one may be mounted."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if (
+        sys.platform != "linux"
+        or shutil.which("mount") is None
+        or subprocess.run(command, capture_output=True).returncode
+    ):
+        pytest.skip("a disk can't be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place):
+    """Leave no room on a disk."""
+    with open(place / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"0" * 512)
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_written(small, tmp_path, caplog):
+    folder = small / "run"
+
+    def filling(run):
+        if len(run.history) == 2:
+            fill(small)
+
+    with pytest.raises(WriteError) as error:
+        fitted(folder, epochs=5, callbacks=[filling])
+    for said in (
+        f"{folder / 'checkpoint.safetensors'} could not be written: ",
+        "No space left on device",
+        "Free some space there",
+        "nothing that was there before is lost",
+        f"Training stands at step 6, and the last good checkpoint is {folder / 'checkpoint.safetensors'}",
+    ):
+        assert said in str(error.value)
+    assert len(pg.load(folder).history) == 2 and not leftovers(folder)
+    with pytest.raises(WriteError, match="No space"):
+        pg.save(pg.load(folder), folder, overwrite=True)
+    assert len(pg.load(folder).history) == 2
+    (small / "filler").unlink()
+    resumed = fitted(folder, epochs=5, resume=True)
+    assert without_times(resumed) == without_times(fitted(tmp_path / "whole", epochs=5))
+
+
+def test_on_a_full_disk_nothing_is_begun(small):
+    fill(small)
+    with pytest.raises(WriteError, match=rf"{small / 'run'}.* could not be written: No space left on device\. Free"):
+        fitted(small / "run", callbacks=[lambda run: pytest.fail("it was trained")])
+    (small / "filler").unlink()
+    fitted(small / "run")
+
+
+def test_a_training_does_not_wait_for_logs_that_can_not_be_written(small):
+    """The library's own writer leaves them to a thread, and waits for it when it has died."""
+    (small / "run").mkdir()
+    log = Events(small / "run" / "logs")
+    log.log_metrics({"loss": 1.0}, 1)
+    fill(small)
+    with pytest.raises(WriteError, match=r"logs could not be written: No space left.* Free some space"):
+        for step in range(2, 4000):
+            log.log_metrics({"loss": 1.0, "rate": 2.0}, step)
+    log.finalize("finished")
+
+
+def test_logs_of_one_second_do_not_replace_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    for value in (1.0, 2.0):
+        log = Events(tmp_path / "logs")
+        log.log_metrics({"loss": value}, 1)
+        log.finalize("finished")
+    assert len([*(tmp_path / "logs").iterdir()]) == 2
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder that holds a run and may not be written."""
+    place = tmp_path / "place"
+    place.mkdir()
+    if os.geteuid():
+        fitted(place / "run")
+        before = [(path, path.stat().st_mode) for path in (place / "run", place)]
+        for path, _ in before:
+            path.chmod(0o555)
+        yield place
+        for path, mode in before:
+            path.chmod(mode)
+        return
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(place)]
+    if (
+        sys.platform != "linux"
+        or shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True).returncode
+    ):
+        pytest.skip("no folder can be made that root may not write")
+    fitted(place / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_folder_that_may_not_be_written_is_named_before_training(read_only):
+    never: Any = {"callbacks": [lambda run: pytest.fail("it was trained")]}
+    run, before = pg.load(read_only / "run"), contents(read_only)
+    for act in (
+        lambda: fitted(read_only / "new", **never),
+        lambda: fitted(read_only / "deep" / "new", **never),
+        lambda: fitted(read_only / "run", epochs=3, resume=True, **never),
+        lambda: fitted(read_only / "run", overwrite=True, **never),
+        lambda: pg.save(run, read_only / "run", overwrite=True),
+        lambda: write_tensors(read_only / "a.safetensors", {}, {}),
+    ):
+        with pytest.raises(
+            WriteError, match=rf"{read_only}/\S* could not be written: .*Give a folder in which you may"
+        ):
+            act()
+    assert contents(read_only) == before
+
+
+def test_whether_a_folder_can_be_written_is_seen_before_data_are_read(read_only):
+    class Unreadable(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            pytest.fail("data were read")
+
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, SHAPE)))
+    with pytest.raises(WriteError, match="could not be written"):
+        fit(model, AmortizedGuide(model, MLP(SHAPE, 3)), ELBO(), Unreadable(), epochs=1, out=read_only / "new")
+
+
+def test_a_clock_set_back_changes_nothing(tmp_path, monkeypatch):
+    whole = fitted(tmp_path / "whole", epochs=4)
+    times = itertools.count(2e9, -1e6)
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    fitted(tmp_path / "run")
+    for path in (tmp_path / "run").rglob("*"):
+        os.utime(path, (0, 0))
+    assert without_times(fitted(tmp_path / "run", epochs=4, resume=True)) == without_times(whole)
+    seconds = pd.read_csv(tmp_path / "run" / "history.csv")["seconds"]
+    assert seconds.is_monotonic_increasing and (seconds > 0).all()
+    pg.save(whole, tmp_path / "run", overwrite=True)
+    assert state(pg.load(tmp_path / "run")) == state(whole)
