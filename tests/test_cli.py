@@ -480,6 +480,20 @@ def test_real_vectors_from_a_file(tmp_path, capsys):
     assert main(["sample", "out", "--out", "new.png"]) == 2
 
 
+def test_data_that_change_between_runs_are_named(tmp_path, capsys):
+    values = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    command = ["fit", *SMALL, "--data", "array:mine.npz", "--out", "out"]
+    np.savez(tmp_path / "mine.npz", train=values)
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0
+    values[:, 1] += 1e-3
+    np.savez(tmp_path / "mine.npz", train=values)
+    before = contents(tmp_path / "out")
+    assert main([*command, "--resume"]) == 2
+    assert "was written by a fit that differs: data." in one_line(capsys)
+    assert contents(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("name", ["Model", "model"])
 def test_a_program_of_the_users_own(name, programs, tmp_path, capsys):
     options = ["--model.hidden", "6"] if name == "Model" else []

@@ -16,7 +16,8 @@ from pyrogen.inference.hybrids import Hybrid
 from pyrogen.inference.matching import WAE
 from pyrogen.inference.objectives import ELBO
 from pyrogen.inference.ratios import Hinge, JensenShannon, LeastSquares, Logistic, Ratio, Wasserstein
-from pyrogen.inference.run import INACTIVE_UNITS, Run
+from pyrogen.inference.reading import INACTIVE_UNITS
+from pyrogen.inference.run import Run
 from pyrogen.inference.units import INACTIVE
 from pyrogen.inference.watch import CHANCE, PREFIX, SATURATED
 

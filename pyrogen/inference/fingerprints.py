@@ -98,11 +98,11 @@ def _described(node: dict[str, Any]) -> str:
 
 
 def source_of(parts: Iterable[Any]) -> dict[str, str]:
-    """A hash of the source of each class and function of the user's own that parts are made of, by its name.
+    """A hash of the source of each class and function that parts are made of, by its name.
 
-    Among them are those that a class extends, and those of the same file to which they refer by name. Comments and
-    layout do not count. What has no source of its own, as a lambda or what was typed at a prompt, is left out, and so
-    are values that are defined outside of functions.
+    Among them are those that a class extends, and those of the same file to which they refer by name; pyrogen, Pyro,
+    torch and Python itself are not. Comments and layout do not count. What has no source of its own, as a lambda or
+    what was typed at a prompt, is left out, and so are values that are defined outside of functions.
     """
     found: dict[str, str] = {}
     waiting, seen = [*parts], set()

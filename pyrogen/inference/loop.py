@@ -30,8 +30,9 @@ from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters
 from pyrogen.inference.parallel import Processes
 from pyrogen.inference.programs import latent_sites, prototype
+from pyrogen.inference.reading import INACTIVE_UNITS
 from pyrogen.inference.resuming import check_alike, identity_of, read_checkpoint, restore, write_checkpoint
-from pyrogen.inference.run import INACTIVE_UNITS, Run, settings_of, write_run, write_yaml
+from pyrogen.inference.run import Run, settings_of, write_run, write_yaml
 from pyrogen.inference.stopping import Stopping
 from pyrogen.inference.tally import GRADIENT_NORM, Tally
 from pyrogen.inference.trouble import (

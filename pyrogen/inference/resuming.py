@@ -23,7 +23,8 @@ from pyrogen.inference.fingerprints import sites_of, source_of
 from pyrogen.inference.folders import CHECKPOINT, HISTORY, WEIGHTS
 from pyrogen.inference.migration import FORMAT, checkpoint_of_1, fingerprint_of_1, format_of
 from pyrogen.inference.programs import Program
-from pyrogen.inference.run import read_history, settings_of
+from pyrogen.inference.reading import read_history
+from pyrogen.inference.run import settings_of
 from pyrogen.inference.tally import Tally
 from pyrogen.inference.turns import set_random_state
 from pyrogen.inference.watch import CriticWatch

@@ -1,9 +1,7 @@
 """A run: what a fit leaves behind, on disk as safetensors and YAML."""
 
-import contextlib
 import dataclasses
 import functools
-import io
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +14,19 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from pyrogen.configuration import build, describe
-from pyrogen.inference.checkpoints import atomically, load_weights, read_tensors, unique_tensors, write_tensors
+from pyrogen.inference.checkpoints import atomically, load_weights, unique_tensors, write_tensors
 from pyrogen.inference.folders import CHECKPOINT, HISTORY, SETTINGS, WEIGHTS, clear_folder, held, prepare_folder
-from pyrogen.inference.migration import FORMAT, format_of, settings_of_1
+from pyrogen.inference.migration import FORMAT
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import is_first
 from pyrogen.inference.programs import Program, as_module, make_example
+from pyrogen.inference.reading import read_files
 from pyrogen.inference.turns import seeded
 
-__all__ = ["CriticOptions", "FitOptions", "Run", "load", "read_history", "save", "write_yaml"]
-
-INACTIVE_UNITS = "inactive_units"
-"""The one column of a history that is text."""
+__all__ = ["CriticOptions", "FitOptions", "Run", "load", "save", "write_yaml"]
 
 
 @dataclass(frozen=True)
@@ -315,7 +311,7 @@ def load(
             model's.
     """
     folder = Path(folder)
-    tensors, settings, history = _read_files(folder)
+    tensors, settings, history = read_files(folder)
     model, guide, objective = _build_parts(
         settings, {"model": model, "guide": guide, "objective": objective}, folder, trust
     )
@@ -370,86 +366,3 @@ def _build_parts(settings: dict[str, Any], given: dict[str, Any], folder: Path, 
 
 def _is_not_described(value: Any) -> bool:
     return isinstance(value, Mapping) and "not_described" in value
-
-
-def _read_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.DataFrame]:
-    """Weights, settings and history of a run, once its files are seen to belong together."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        holds = "has" if (folder / SETTINGS).is_file() else "holds no run: there is"
-        raise ValueError(f"{folder} {holds} no {WEIGHTS}; give the folder of a fit that has come to a checkpoint")
-    before = path.stat()
-    tensors, values = read_tensors(path)
-    number = format_of(values, path)
-    try:
-        read = _text_of if number > 1 else _text_of_1
-        texts = {name: read(folder / name, values) for name in (SETTINGS, HISTORY)}
-    except ValueError:
-        if (path.stat().st_ino, path.stat().st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
-            return _read_files(folder)  # a fit under way has written meanwhile
-        raise
-    return tensors, _read_settings(texts[SETTINGS], folder / SETTINGS, number), read_history(texts[HISTORY], folder)
-
-
-def _text_of(path: Path, values: dict[str, Any]) -> str:
-    """What weights say that a file beside them holds, once this is seen to be so if the file is there."""
-    texts = values.get("files")
-    text = texts.get(path.name) if isinstance(texts, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{path.parent / WEIGHTS} is damaged: it lacks {path.name}; restore it from a copy")
-    with contextlib.suppress(FileNotFoundError):
-        if path.read_bytes() != text.encode():
-            raise ValueError(
-                f"{path} and {WEIGHTS} beside it are not of one run: one was changed, cut short or taken from another. "
-                f"Restore them from a copy; or if the weights are right, delete {path.name}, which they hold too"
-            )
-    return text
-
-
-def _text_of_1(path: Path, values: dict[str, Any]) -> str:
-    """The same of the first format, whose weights hold nothing else."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        why = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise ValueError(f"{path} is {why}; restore it from a copy") from error
-
-
-def _read_settings(text: str, path: Path, number: int) -> dict[str, Any]:
-    """The contents of a ``run.yaml``."""
-    try:
-        settings = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
-    if not isinstance(settings, dict) or settings.get("format") != number:
-        raise ValueError(f"{path} is damaged, or not of format {number} as {WEIGHTS} beside it; restore it from a copy")
-    settings = settings_of_1(settings)
-    lacking = {"model", "guide", "objective", "options", "example", "data", "seconds"} - settings.keys()
-    if lacking or not isinstance(settings["options"], dict):
-        raise ValueError(f"{path} is damaged: it lacks {sorted(lacking) or 'options'}; restore it from a copy")
-    return settings
-
-
-def _number(name: str, text: str) -> float:
-    return int(text) if name in ("epoch", "step") else float(text or "nan")
-
-
-def read_history(text: str, folder: Path) -> pd.DataFrame:
-    """The table in the text of a folder's ``history.csv``.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    try:
-        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
-        # Python's own float reads exactly what was written; pandas' default, in older versions, nearly.
-        return pd.DataFrame(
-            {
-                name: [*column] if name == INACTIVE_UNITS else [_number(str(name), x) for x in column]
-                for name, column in table.items()
-            }
-        )
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except ValueError as error:
-        raise ValueError(f"{folder / HISTORY} is damaged ({error}); restore it from a copy") from error

@@ -311,11 +311,11 @@ def test_a_run_is_read_while_another_is_written(two, tmp_path, monkeypatch):
 
     def meanwhile(path):
         found = checkpoints.read_tensors(path)
-        monkeypatch.setattr("pyrogen.inference.run.read_tensors", checkpoints.read_tensors)
+        monkeypatch.setattr("pyrogen.inference.reading.read_tensors", checkpoints.read_tensors)
         pg.save(new, folder, overwrite=True)
         return found
 
-    monkeypatch.setattr("pyrogen.inference.run.read_tensors", meanwhile)
+    monkeypatch.setattr("pyrogen.inference.reading.read_tensors", meanwhile)
     assert state(pg.load(folder)) == state(new)
 
 
@@ -439,6 +439,26 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(small, tmp_path, ca
     (small / "filler").unlink()
     resumed = fitted(folder, epochs=5, resume=True)
     assert without_times(resumed) == without_times(fitted(tmp_path / "whole", epochs=5))
+
+
+def test_a_limit_on_the_size_of_files_costs_nothing_that_was_written(tmp_path):
+    """Which is the same fault where no disk may be mounted."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limiting(run):
+        if len(run.history) == 2:
+            assert (tmp_path / "run" / "checkpoint.safetensors").stat().st_size > 6000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+
+    try:
+        with pytest.raises(WriteError, match=r"checkpoint\.safetensors could not .*File too large.* at step 6"):
+            fitted(tmp_path / "run", epochs=5, callbacks=[limiting])
+        assert len(pg.load(tmp_path / "run").history) == 2 and not leftovers(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    whole = fitted(tmp_path / "whole", epochs=5)
+    assert without_times(fitted(tmp_path / "run", epochs=5, resume=True)) == without_times(whole)
 
 
 def test_on_a_full_disk_nothing_is_begun(small):
