@@ -170,14 +170,16 @@ def check_alike(training: "Training") -> None:
     processes = training.processes
     if processes.alone:
         return
-    settings = settings_of(training.run)
+    settings, data = settings_of(training.run), dict(training.identity["data"])
+    held = {"rows": len(training.validation or ()), "fingerprint": data.pop("validation")}
 
     def described(values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if "not_described" not in str(value)}
 
     own = {
         "options": described(settings["options"]),
-        "data": training.identity["data"],
+        "data": data,
+        "validation": held,
         "weights": {name: list(value.shape) for name, value in unique_tensors(training.programs).items()},
         **described({"objective": settings["objective"]}),
         "critic_steps": training.critic_steps,
