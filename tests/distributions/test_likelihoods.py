@@ -97,7 +97,7 @@ def test_continuous_bernoulli_gradient_is_pixel_minus_mean():
     torch.testing.assert_close(d.mean.double(), mean, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("logit", [-40.0, -1.0, -1e-3, 0.0, 0.7, 1.3, 12.0, 40.0])
+@pytest.mark.parametrize("logit", [-40.0, -1.0, -9.9e-3, -1e-3, 0.0, 9.9e-3, 0.7, 1.3, 12.0, 40.0])
 def test_continuous_bernoulli_moments_by_quadrature(logit):
     nodes, weights = np.polynomial.legendre.leggauss(80)
     x, w = torch.tensor(nodes / 2 + 0.5), torch.tensor(weights / 2)
@@ -109,6 +109,17 @@ def test_continuous_bernoulli_moments_by_quadrature(logit):
     assert d.variance.item() == pytest.approx((p * (x - mean) ** 2).sum().item(), rel=1e-7)
     assert d.entropy().item() == pytest.approx(-(p * d.log_prob(x)).sum().item(), abs=1e-9)
     assert d.cdf(d.icdf(PIXELS[1:-1])).sub(PIXELS[1:-1]).abs().max() < 2e-8  # the series near logit 0 is cubic
+    for end in (0.0, 0.13, 0.5, 0.87, 1.0):
+        mass = (d.log_prob(end * x).exp() * w).sum() * end
+        assert d.cdf(torch.tensor(end, dtype=torch.float64)).item() == pytest.approx(mass.item(), abs=3e-9)
+
+
+def test_quantiles_of_continuous_bernoulli_are_finite_at_the_ends():
+    """Of the largest probability below 1, whose distance to 1 is half of eps."""
+    d = row(ContinuousBernoulli(Fixed(torch.tensor([-40.0, 40.0])))).base_dist
+    last = -math.log(torch.finfo(torch.float32).eps / 2) / 40
+    expected = torch.tensor([[0.0, 1 - last], [last, 1.0]])
+    torch.testing.assert_close(d.icdf(torch.tensor([[0.0], [1.0]])), expected)
 
 
 @pytest.mark.parametrize("logit", [-300.0, -3.0, 0.0, 5.0, 300.0])

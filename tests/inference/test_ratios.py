@@ -19,6 +19,7 @@ from pyrogen.inference import (
     Telescoping,
     Wasserstein,
 )
+from pyrogen.inference.ratios import OwnRatio
 from pyrogen.networks import Critic
 
 WITH_RATIO = [Logistic, JensenShannon, DonskerVaradhan, NWJ, LeastSquares]
@@ -201,6 +202,80 @@ def test_gradient_penalty_is_taken_between_the_pairs():
     # The slope at 3ε is 3ε: E (3ε − 1)² = 9/3 − 3 + 1 = 1. Its standard deviation over ε is 1.18; five errors.
     penalty = ratio.loss(u, v) - (v.square().sum((-1, -2)) - u.square().sum((-1, -2))).mean() / 2
     assert abs(penalty - 2.0) < 2 * 5 * 1.18 / math.sqrt(4000)
+
+
+def test_gradient_penalty_interpolates_contexts_with_the_samples():
+    class Square(nn.Module):
+        def forward(self, z, context):
+            return 0.5 * (z.square().sum(-1) + context.square().sum(-1))
+
+    u, v, a, b = torch.randn(4, 50, 2, dtype=torch.float64)
+    for contexts, parts in (((a, b), ((u, v), (a, b))), (a, ((u, v),))):
+        loss = {}
+        for weight in (0.0, 10.0):
+            torch.manual_seed(3)
+            loss[weight] = Wasserstein(Square(), gradient_penalty=weight).loss(u, v, contexts)
+        torch.manual_seed(3)
+        share = torch.rand(50, 1, dtype=torch.float64)
+        # The slope of a square is where it is taken.
+        slope = sum((share * x + (1 - share) * y).square().sum(-1) for x, y in parts).sqrt()
+        torch.testing.assert_close(loss[10.0] - loss[0.0], 10 * (slope - 1).square().mean())
+        torch.manual_seed(3)
+        torch.testing.assert_close(Wasserstein(Square()).loss(u, v, contexts), loss[10.0])
+    torch.testing.assert_close(loss[0.0], 0.5 * (v.square().sum(-1) - u.square().sum(-1)).mean())
+
+
+def test_a_critic_of_samples_alone_has_no_slope_in_contexts():
+    u, v, context = torch.randn(3, 9, 2, dtype=torch.float64)
+    ratio = Wasserstein(Linear([3.0, 4.0]), gradient_penalty=1.0)
+    joint, alone = ratio.loss(u, v, (context, -context)), ratio.loss(u, v)
+    torch.testing.assert_close(joint, alone)
+
+
+@pytest.mark.parametrize("kind", [Wasserstein, DonskerVaradhan])
+def test_r1_of_ratios_with_options_of_their_own(kind):
+    u, v = torch.randn(2, 9, 2, dtype=torch.float64)
+    plain, penalised = (kind(Linear([3.0, 4.0]), r1=weight).loss(u, v) for weight in (0.0, 0.5))
+    torch.testing.assert_close(penalised - plain, torch.tensor(0.25 * 25).double())
+
+
+def test_options_are_shown_where_they_are_set():
+    assert Logistic(Critic(3)).extra_repr() == "" and Logistic(Critic(3), r1=0.5).extra_repr() == "r1=0.5"
+
+
+class Own(nn.Module):
+    """A ratio of a user's own: the log-ratio is the score itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.contexts = None
+
+    def log_ratio(self, z, context=None):
+        return z[:, 0] + (0.0 if context is None else context[:, 0])
+
+    def loss(self, u, v, context=None):
+        self.contexts = context
+        return self.log_ratio(v).mean() - self.log_ratio(u).mean()
+
+
+def test_ratios_of_a_users_own():
+    u, v = torch.tensor([[1.0], [2.0], [-3.0], [4.0]]), torch.tensor([[-1.0], [0.5]])
+    a, b = torch.tensor([[-5.0], [0.0], [0.0], [0.0]]), torch.tensor([[0.0], [-1.0]])
+    ratio = OwnRatio(Own())
+    loss, accuracy = ratio.loss_and_accuracy(u, v, (a, b))
+    assert loss == -0.25 - 1.0 and accuracy == 0.5 * (2 / 4 + 2 / 2)
+    assert ratio.critic.contexts[0] is not ratio.critic.contexts[1]
+    _, accuracy = ratio.loss_and_accuracy(u, v)
+    assert accuracy == 0.5 * (3 / 4 + 1 / 2) and ratio.critic.contexts is None
+    ratio.loss_and_accuracy(u[:2], v, b)
+    assert torch.equal(ratio.critic.contexts, b)
+    assert ratio.generator_loss(u, a) == -(1.0 - 5.0 + 2.0 - 3.0 + 4.0) / 4
+
+
+def test_what_is_no_ratio_is_refused():
+    for wrong in (Own, nn.Linear(1, 1), nn.MSELoss(), None):
+        with pytest.raises(TypeError, match=f"expected a ratio, a module with .*got a {type(wrong).__name__}; see"):
+            OwnRatio(wrong)
 
 
 def test_r1_of_linear_and_quadratic_critics():
@@ -440,6 +515,7 @@ def test_bad_input_is_refused():
         Wasserstein(Critic(3)).loss(torch.zeros(5, 3), torch.zeros(4, 3))
     with pytest.raises(NotImplementedError, match="Ratio must say what its critic minimises"):
         Ratio(Critic(3)).loss(torch.zeros(5, 3), torch.zeros(5, 3))
+    assert DonskerVaradhan(Critic(3), momentum=0.0).momentum == 0.0
 
 
 def test_sides_may_differ_in_number_where_nothing_is_paired():
