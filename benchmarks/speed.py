@@ -345,7 +345,7 @@ def by_svi(task: Task, data: Tensor, epochs: int) -> Training:
 
 def by_pythae(task: Task, data: Tensor, epochs: int) -> Training:
     names = ("models", "models.nn", "models.base.base_utils", "trainers", "data.datasets")
-    models, parts, bases, trainers, datasets = (importlib.import_module(f"pythae.{name}") for name in names)
+    models, parts, bases, trainers, datasets = (importlib.import_module(f"pythae.{name}") for name in names)  # noqa: TID251 (names of ours)
     encoder, decoder = parts.BaseEncoder(), parts.BaseDecoder()
     encoder.network, decoder.network = task.networks()
     # A peer's user writes classes for this.
@@ -365,7 +365,7 @@ def by_pythae(task: Task, data: Tensor, epochs: int) -> Training:
 
 
 def by_pixyz(task: Task, data: Tensor, epochs: int) -> Training:
-    families, losses, models = (importlib.import_module(f"pixyz.{n}") for n in ("distributions", "losses", "models"))
+    families, losses, models = (importlib.import_module(f"pixyz.{n}") for n in ("distributions", "losses", "models"))  # noqa: TID251 (as above)
     q = families.Normal(var=["z"], cond_var=["x"], name="q").to(data.device)
     p = families.Bernoulli(var=["x"], cond_var=["z"], name="p").to(data.device)
     q.network, p.network = (part.to(data.device) for part in task.networks())

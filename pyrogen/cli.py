@@ -9,20 +9,22 @@ import sys
 import traceback
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 from torch import distributed
 
-from pyrogen.configuration import _FILE_PREFIX
+from pyrogen.configuration import _FILE_PREFIX, check_names
+from pyrogen.data.limits import read_yaml
 from pyrogen.experiment import commands
 from pyrogen.experiment.comparison import ERROR
 from pyrogen.experiment.parts import ROLES, Part, describe_part, names
 from pyrogen.experiment.settings import CompareSettings, FitSettings, Settings
-from pyrogen.experiment.table import slug
+from pyrogen.experiment.table import printable, slug
 from pyrogen.inference import NonFiniteLoss
 from pyrogen.inference.parallel import is_first
 
@@ -39,7 +41,8 @@ DESCRIPTION = """Generative models as Pyro programs: fit them, compare guides on
   pyrogen sample runs/fit-mnist-001 --out new.png     new observations
   pyrogen report runs/compare-digits-001              tables and pictures on one page
 
-Every flag can stand in a YAML file instead: --config FILE.yaml. Flags win over the file."""
+Every flag but --trust, --overwrite and --anyway can stand in a YAML file instead: --config FILE.yaml. Flags win over
+the file. Of classes such a file may name those of pyrogen, torch and Pyro; with --trust, any."""
 
 COMMANDS: dict[str, tuple[tuple[type, ...], str]] = {
     "compare": ((CompareSettings, commands.OutputSettings), "Fit several guides to one model and compare them"),
@@ -114,8 +117,13 @@ def _fail(error: Any, code: int) -> int:
         return code  # the first process says it, for once they are connected an error of one is one of all
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = "" if rank == "0" else f" (in process {rank})"
-    print(f"pyrogen: {'error: ' if code != 130 else ''}{' '.join(str(error).split())}{where}", file=sys.stderr)
+    text = printable(" ".join(str(error).split()))
+    print(f"pyrogen: {'error: ' if code != 130 else ''}{text}{where}", file=sys.stderr)
     return code
+
+
+def _say(what: Any) -> None:
+    print(printable(str(what)))
 
 
 def _in_users_file(error: BaseException) -> bool:
@@ -132,7 +140,7 @@ def _run(arguments: list[str]) -> int:
     if wanted is not None:
         print(describe_part(Part(wanted[1]), wanted[0]) if wanted[1] else ", ".join(names(wanted[0])))
         return 0
-    parser = _parser()
+    parser = _parser(trust="--trust" in arguments)
     try:
         values = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -144,8 +152,8 @@ def _run(arguments: list[str]) -> int:
     match command:
         case "compare":
             table, folder = commands.run_compare(*settings)
-            print(table)
-            print(f"Written to {folder}")
+            _say(table)
+            _say(f"Written to {folder}")
             if failed := getattr(table, "failed", {}):
                 each = ", ".join(f"{name} (see {folder / slug(name) / ERROR})" for name in failed)
                 several = f"{len(failed)} of {len(failed) + len(table)} fits failed: {each}"
@@ -153,18 +161,18 @@ def _run(arguments: list[str]) -> int:
         case "fit":
             run, folder = commands.run_fit(*settings)
             if is_first():
-                print(run)
-                print(f"Written to {folder}")
+                _say(run)
+                _say(f"Written to {folder}")
         case "evaluate":
-            print(commands.run_evaluate(*settings))
+            _say(commands.run_evaluate(*settings))
         case "sample":
-            print(f"Written to {commands.run_sample(*settings)}")
+            _say(f"Written to {commands.run_sample(*settings)}")
         case "report":
-            print(f"Written to {commands.run_report(*settings)}")
+            _say(f"Written to {commands.run_report(*settings)}")
     return 0
 
 
-def _parser() -> ArgumentParser:
+def _parser(*, trust: bool) -> ArgumentParser:
     look: Any = {"exit_on_error": False, "formatter_class": _Formatter, "allow_abbrev": False}
     parser = ArgumentParser(prog="pyrogen", description=DESCRIPTION, **look)
     commands_of = parser.add_subcommands()
@@ -173,11 +181,33 @@ def _parser() -> ArgumentParser:
         usage = f"pyrogen {name}{place} [--config FILE.yaml] [options]"
         command = ArgumentParser(description=_head(groups[0]), usage=usage, **look)
         file = "A YAML file with any of these options, such as the one that a run wrote."
-        command.add_argument("--config", action="config", help=file)
+        command.add_argument("--config", action=_config_action(groups, trust), help=file)
         for group in groups:
             _add(command, group)
         commands_of.add_subcommand(name, command, help=title)
     return parser
+
+
+def _config_action(groups: tuple[type, ...], trust: bool) -> type[ActionConfigFile]:
+    """What ``--config`` does: a file that may be a stranger's is looked at before anything is made of it."""
+    plain = {each.name for group in groups for each in dataclasses.fields(group) if "Part" not in str(each.type)}
+
+    class ConfigFile(ActionConfigFile):
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+            if not (path := Path(values)).exists():
+                raise FileNotFoundError(f"there is no file {path}")
+            settings = read_yaml(path)
+            for key, value in settings.items() if isinstance(settings, dict) else ():
+                if value and str(key).rstrip("+") in ("trust", "overwrite", "anyway", "config"):
+                    raise ValueError(f"{path} sets '{key}', which is only taken from the command line; remove it")
+                if not trust and key not in plain:
+                    try:
+                        check_names(value)
+                    except ValueError as error:
+                        raise ValueError(f"{path}: {key}: {error}") from error
+            super().__call__(parser, cfg, values, option_string)
+
+    return ConfigFile
 
 
 def _head(group: type) -> str:

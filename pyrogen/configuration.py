@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["build", "class_path", "describe", "import_object"]
+__all__ = ["build", "check_names", "class_path", "describe", "import_object"]
 
 TRUSTED = (
     "pyrogen.distributions",
@@ -199,7 +200,7 @@ def import_object(path: str, *, trust: bool = False) -> Any:
     file, colon, name = path.rpartition(":")
     package, _, name = (file, "", name) if colon else path.rpartition(".")
     try:
-        module = _import_file(file) if colon else importlib.import_module(package)
+        module = _import_file(file) if colon else importlib.import_module(package)  # noqa: TID251 (was asked for above)
     except (ImportError, ValueError) as error:
         raise ValueError(f"can't import '{path}': {error}") from error
     value = getattr(module, name, None)
@@ -211,6 +212,48 @@ def import_object(path: str, *, trust: bool = False) -> Any:
             "pyrogen's; read the file it stands in, then pass trust=True (--trust on the command line)"
         )
     return value
+
+
+def check_names(value: Any) -> None:
+    """See that plain values from a file of unknown origin name no code but that which :func:`build` makes untrusted.
+
+    Every string counts, whatever it is for, and what is neither a word nor a number is taken for a name.
+
+    Raises:
+        ValueError: If one does, see :func:`import_object`.
+
+    Example:
+        >>> check_names({"class_path": "Flow", "init_args": {"transform": "affine_coupling", "hidden": [64]}})
+        >>> check_names("os.system")
+        Traceback (most recent call last):
+        ValueError: 'os.system' is code outside ...
+    """
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for each in value:
+            check_names(each)
+        return
+    # Text may be read as YAML once more, and that has no escapes where it is words and numbers in brackets.
+    for piece in re.split(r"[\s,()\[\]]+", str(value)):
+        named = [each for each in _descendants(nn.Module) if each.__name__ == piece]
+        if named and not any(map(_is_harmless, named)):
+            import_object(class_path(named[0]))
+        elif not (re.fullmatch(r"[\w+-]*", piece) or _is_number(piece)):
+            import_object(piece)
+
+
+def _descendants(kind: type) -> list[type]:
+    direct: list[type] = kind.__subclasses__()
+    return [*direct, *(below for each in direct for below in _descendants(each))]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_under(path: str, packages: tuple[str, ...]) -> bool:
@@ -240,7 +283,7 @@ def _import_file(file: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
             raise ValueError(f"'{file}' is not a Python file; give FILE.py:NAME")
-        module = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)  # noqa: TID251 (only what the user trusts)
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)

@@ -403,7 +403,7 @@ def test_report_of_two_comparisons_names_fits_apart(comparison, tmp_path, no_pic
 
 def test_samples_as_numbers(run, tmp_path):
     assert main(["sample", str(run), "--n", "7", "--out", "new.npz", "--seed", "3"]) == 0
-    drawn = np.load(tmp_path / "new.npz")["samples"]
+    drawn = np.load(tmp_path / "new.npz")["samples"]  # noqa: TID251 (of our own making)
     assert np.array_equal(drawn, np.asarray(pg.sample(loaded(run), 7, seed=3)))
 
 
@@ -476,7 +476,7 @@ def test_real_vectors_from_a_file(tmp_path, capsys):
     likelihood = loaded(tmp_path / "out").model.likelihood
     assert type(likelihood).__name__ == "NormalLikelihood" and likelihood.scale == "shared"
     assert main(["sample", "out", "--n", "5"]) == 0
-    assert np.load(tmp_path / "out" / "samples.npz")["samples"].shape == (5, 3)
+    assert np.load(tmp_path / "out" / "samples.npz")["samples"].shape == (5, 3)  # noqa: TID251 (of our own making)
     assert main(["sample", "out", "--out", "new.png"]) == 2
 
 

@@ -6,7 +6,7 @@ checked against other ways to get them.
 
 import importlib.util
 import math
-import runpy
+import runpy  # noqa: TID251 (the examples of this repository)
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ PRINTED = {
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)  # noqa: TID251 (as above)
     spec.loader.exec_module(module)
     return module
 

@@ -64,7 +64,7 @@ def test_python_snippets_run(empty_folder, monkeypatch, capsys):
     snippets = blocks("python")
     assert len(snippets) >= 6
     for number, snippet in enumerate(snippets):
-        exec(compile(quick(snippet), f"README.md, Python snippet {number}", "exec"), module.__dict__)  # noqa: S102
+        exec(compile(quick(snippet), f"README.md, Python snippet {number}", "exec"), module.__dict__)  # noqa: S102 (our own README)
     assert module.__dict__["images"].shape == (64, 1, 8, 8)
     assert [*module.__dict__["table"].index] == ["mean field", "flow", "flow, IWAE"]
     assert len(module.__dict__["run"].history) == 1
@@ -147,7 +147,7 @@ def test_objectives_are_all_named():
     assert [name for name in known if f"`{name}(" not in section("Objectives")] == []
     for call in re.findall(r"^\| `(.*?)` \|", section("Objectives"), re.M):
         names = {name: getattr(pyrogen.inference, name) for name in known}
-        objective = eval(call.replace("=...", "=0.5"), names)  # noqa: S307
+        objective = eval(call.replace("=...", "=0.5"), names)  # noqa: S307 (our own README)
         assert isinstance(objective, pyrogen.inference.Objective)
 
 

@@ -1,20 +1,35 @@
 """Arrays in a numpy file."""
 
+import math
+import reprlib
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as header
 from torch import Tensor
 
 from pyrogen.data.dataset import Data, Values
+from pyrogen.data.limits import check_claim, check_member, size_in_words
 from pyrogen.data.splits import hold_out
 
 __all__ = ["array"]
 
 _SPLITS = ("train", "validation", "test")
 _KEYS = (*_SPLITS, *(f"{split}_labels" for split in _SPLITS))
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    SyntaxError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def array(path: Path, seed: int) -> Data:
@@ -24,7 +39,7 @@ def array(path: Path, seed: int) -> Data:
     is missing is a random tenth of the training rows. Labels, if any: ``train_labels``,
     ``validation_labels``, ``test_labels``. The type says what values are: ``uint8`` 8-bit levels, ``bool``
     binary, floats the unit interval if all lie in [0, 1], otherwise real. Floats are kept as ``float32``.
-    Pickled objects are never loaded.
+    Pickled objects are never loaded, and no array that its file can't stand for, see :mod:`pyrogen.data.limits`.
 
     Args:
         path: The file.
@@ -65,22 +80,38 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         raise FileNotFoundError(f"expected a numpy .npz file at {path}, found nothing; check the path")
     try:
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array, not an .npz of named arrays")
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, OSError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+        if not (path.is_file() and zipfile.is_zipfile(path)):
+            raise ValueError("a single array or a file cut short, not an .npz of named arrays")
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if "train" in members and members.keys() <= {*_KEYS}:
+                claimed = sum(info.file_size for info in members.values())
+                check_claim(claimed, path.stat().st_size, "its arrays", "write them without compression")
+                return {key: _array(archive, info) for key, info in members.items()}
+    except _UNREADABLE as error:
         raise ValueError(
             f"{path} cannot be read as plain arrays ({type(error).__name__}: {error}); write it with "
             f"np.savez({path.name!r}, train=...) from arrays of bool, uint8 or floats, not of objects"
         ) from error
-    if "train" not in arrays:
-        raise ValueError(f"{path}: expected an array named train, found {sorted(arrays)}; save it with that name")
-    unknown = sorted(set(arrays) - set(_KEYS))
-    if unknown:
-        raise ValueError(f"{path}: expected only arrays named {list(_KEYS)}, found also {unknown}; rename or remove")
-    return arrays
+    if "train" not in members:
+        raise ValueError(
+            f"{path}: expected an array named train, found {reprlib.repr(sorted(members))}; save it with that name"
+        )
+    unknown = reprlib.repr(sorted(members.keys() - {*_KEYS}))
+    raise ValueError(f"{path}: expected only arrays named {list(_KEYS)}, found also {unknown}; rename or remove")
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an archive, if there is as much of it as its header says."""
+    check_member(info)
+    with archive.open(info) as stream:
+        read_header = {(1, 0): header.read_array_header_1_0, (2, 0): header.read_array_header_2_0}
+        shape, _, dtype = read_header[header.read_magic(stream)](stream)
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed > info.file_size:
+        raise ValueError(f"{info.filename} declares {size_in_words(claimed)} and holds {size_in_words(info.file_size)}")
+    with archive.open(info) as stream:
+        return header.read_array(stream, allow_pickle=False)
 
 
 def _rows(path: Path, split: str, values: np.ndarray) -> Tensor:

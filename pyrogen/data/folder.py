@@ -1,7 +1,9 @@
 """Images in folders, or in a zip of such folders."""
 
 import io
+import math
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pyrogen.data.dataset import Data
+from pyrogen.data.limits import check_claim, read_bytes, read_member
 from pyrogen.data.splits import hold_out
 
 __all__ = ["IMAGE_SUFFIXES", "folder"]
@@ -34,7 +37,9 @@ _UNREADABLE = (
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
+    MemoryError,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 
 Parts = tuple[str, ...]
@@ -47,7 +52,7 @@ def folder(path: Path, size: int | None, seed: int) -> Data:
     ``train``, the folders ``train``, ``validation`` (or ``valid``, ``val``) and ``test`` are the splits. Each
     split that is missing is a random tenth of the training images, so without any the images are split
     80/10/10. Hidden files and files that are no images are passed over, and so is a single folder around
-    everything.
+    everything. Links are followed, but no folder may be there twice by them.
 
     Args:
         path: A folder or a zip file.
@@ -59,15 +64,17 @@ def folder(path: Path, size: int | None, seed: int) -> Data:
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        ValueError: If there are no images, one cannot be read, or shapes differ; the file is named.
+        ValueError: If there are no images, one cannot be read or has more than ``PIL.Image.MAX_IMAGE_PIXELS``, or
+            shapes differ; the file is named. If all would take far more memory than their files can stand for, see
+            :mod:`pyrogen.data.limits`.
     """
-    with _opened(path) as (names, read):
+    with _opened(path) as (names, read, held):
         splits = _splits(path, names, seed)
         labels, classes = _labels(path, splits)
         images: dict[str, Tensor] = {}
         shape: tuple[int, ...] | None = None
         for split, members in splits.items():
-            images[split] = _decoded(path, [name for name, _ in members], read, size, shape)
+            images[split] = _decoded(path, [name for name, _ in members], read, held, size, shape)
             shape = tuple(images[split].shape[1:])
     return Data(
         f"folder:{path}",
@@ -84,22 +91,40 @@ def folder(path: Path, size: int | None, seed: int) -> Data:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
-    """The sorted names of all images at path, relative and with slashes, and a function that reads one."""
+def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes], Callable[[list[str]], int]]]:
+    """The sorted names of all images at path, relative and with slashes, what reads one, and the bytes of some."""
     if path.is_dir():
-        files = [Path(top, file) for top, _, names in os.walk(path, followlinks=True) for file in names]
-        names = sorted(file.relative_to(path).as_posix() for file in files)
-        yield [name for name in names if _is_image(name)], lambda name: (path / name).read_bytes()
+        names = sorted(file.relative_to(path).as_posix() for file in _files(path))
+        yield (
+            [name for name in names if _is_image(name)],
+            lambda name: read_bytes(path / name),
+            lambda names: sum({(s.st_dev, s.st_ino): s.st_size for s in (os.stat(path / n) for n in names)}.values()),
+        )
     elif not path.exists():
         raise FileNotFoundError(f"expected a folder of images or a zip of one at {path}, found nothing; check the path")
-    elif not zipfile.is_zipfile(path):
+    elif not path.is_file() or not zipfile.is_zipfile(path):
         raise ValueError(
             f"expected a folder of images or a zip of one, but {path} is neither (or a zip cut short); "
             f"copy the file again or give the folder itself"
         )
     else:
         with zipfile.ZipFile(path) as archive:
-            yield sorted(name for name in archive.namelist() if _is_image(name)), archive.read
+            yield (
+                sorted(name for name in archive.namelist() if _is_image(name)),
+                lambda name: read_member(archive, name),
+                lambda names: min(path.stat().st_size, sum(archive.getinfo(name).compress_size for name in names)),
+            )
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """All files below a folder, also behind links."""
+    seen: dict[str, str] = {}
+    for top, _, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(top)
+        if real in seen:
+            raise ValueError(f"{path}: {top} is the folder {seen[real]} once more, by a link; remove the link")
+        seen[real] = top
+        yield from (Path(top, name) for name in names)
 
 
 def _is_image(name: str) -> bool:
@@ -163,6 +188,7 @@ def _decoded(
     path: Path,
     names: list[str],
     read: Callable[[str], bytes],
+    held: Callable[[list[str]], int],
     size: int | None,
     shape: tuple[int, ...] | None,
 ) -> Tensor:
@@ -183,15 +209,29 @@ def _decoded(
                 f"{pixels.shape} and those before it {shape}; {mend}"
             )
         if rows is None:
-            rows = torch.empty((len(names), *shape), dtype=torch.uint8)
+            rows = _room(path, len(names), held(names), shape)
         rows[i] = torch.from_numpy(pixels)
     assert rows is not None  # no split is empty
     return rows
 
 
+def _room(path: Path, count: int, held: int, shape: tuple[int, ...]) -> Tensor:
+    """Memory for so many images, as far as their files can stand for so much."""
+    what = f"{path}: {count} images of shape {shape}"
+    mend = "give a smaller size=..., or write them as array:FILE.npz"
+    check_claim(count * math.prod(shape), held, what, mend)
+    try:
+        return torch.empty((count, *shape), dtype=torch.uint8)
+    except RuntimeError as error:
+        raise ValueError(f"{what} do not fit into memory; give a smaller size=...") from error
+
+
 def _pixels(content: bytes, size: int | None) -> np.ndarray:
     """One image file as uint8 (C, H, W), with one channel or three."""
-    with Image.open(io.BytesIO(content)) as opened:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        opened = Image.open(io.BytesIO(content))
+    with opened:
         image = ImageOps.exif_transpose(opened)  # photographs say in a tag which way is up
         if image.mode in ("1", "LA"):
             image = image.convert("L")

@@ -34,6 +34,7 @@ _BINARY_BY_CUSTOM = ("digits", "mnist", "omniglot")
 _WITHOUT_ROOT = ("digits", "folder", "array")
 _WITH_SIZE = ("celeba", "folder")
 _CELEBA_SIZE = 64
+_LARGEST = 8192
 
 
 def load(
@@ -134,8 +135,10 @@ def _check_options(kind: str, root, binarize, seed, size) -> None:
         raise TypeError(f"expected root to be the path of a folder, got {type(root).__name__}")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"expected seed to be an integer, got {seed!r}")
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise ValueError(f"expected size to be a number of pixels, at least 1, got {size!r}")
+    if abs(seed) >= 2**63:
+        raise ValueError(f"expected seed to be less than 2**63, got {seed!r}")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _LARGEST):
+        raise ValueError(f"expected size to be a number of pixels, 1 to {_LARGEST}, got {size!r}")
     if size is not None and kind not in _WITH_SIZE:
         raise ValueError(f"expected size only with celeba and folder:PATH, got size={size} with {kind}; leave it out")
 

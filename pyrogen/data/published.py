@@ -1,7 +1,7 @@
 """Published data sets: scikit-learn's digits, and torchvision's, downloaded on demand."""
 
 import os
-import pickle
+import pickle  # noqa: TID251 (only its error; torchvision checks the sums of what it unpickles)
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 from pyrogen.data.dataset import Data
+from pyrogen.data.limits import size_in_words
 from pyrogen.data.splits import hold_out
 
 __all__ = [
@@ -40,8 +42,12 @@ _DAMAGE = (
     OSError,
     EOFError,
     pickle.UnpicklingError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 _CELEBA_CROP = 140
+_IDX = 16 + 60_000 * 28 * 28
+"""Bytes of the longest file of MNIST and its like; torchvision reads each as a whole."""
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -124,6 +130,9 @@ def _mnist_like(name: str, kind: type[torchvision.datasets.MNIST], root: Path) -
     )
 
     def read(download: bool) -> Data:
+        for path in (root / kind.__name__ / "raw").glob("*-ubyte"):
+            if not path.is_file() or path.stat().st_size > _IDX:
+                raise ValueError(f"{path.name} is {size_in_words(path.stat().st_size)} long, not {size_in_words(_IDX)}")
         train = kind(str(root), train=True, download=download)
         test = kind(str(root), train=False)
         images, test_images = train.data.unsqueeze(1), test.data.unsqueeze(1)
@@ -240,10 +249,12 @@ def omniglot(root: Path) -> Data:
 
 def _decoded(images: torchvision.datasets.VisionDataset) -> Tensor:
     """All images of a torchvision data set, decoded one at a time into one uint8 tensor (N, C, H, W)."""
-    first = images[0][0]
-    rows = torch.empty((len(images), *first.shape), dtype=torch.uint8)
-    for i in range(len(images)):
-        rows[i] = images[i][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        first = images[0][0]
+        rows = torch.empty((len(images), *first.shape), dtype=torch.uint8)
+        for i in range(len(images)):
+            rows[i] = images[i][0]
     return rows
 
 

@@ -39,9 +39,9 @@ def import_arviz(name: str) -> Any:
         # ArviZ 0.x announces 1.x once a day; both are served here, so there is nothing for the user to do.
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
         try:
-            return importlib.import_module(name)
+            return importlib.import_module(name)  # noqa: TID251 (a name of ours)
         except FileNotFoundError:  # of the day's stamp, which another process has put in place meanwhile
-            return importlib.import_module(name)
+            return importlib.import_module(name)  # noqa: TID251 (as above)
 
 
 def assemble(groups: Mapping[str, xarray.Dataset], *, major: int) -> Any:

@@ -163,7 +163,7 @@ def inception(
 def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Weights by name, of a file that holds nothing else."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 (as published, and tensors only)
     except Exception as error:  # torch raises many kinds for a file that is none of its own
         raise ValueError(f"{path} can't be read as weights of Inception v3 ({type(error).__name__})") from error
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from pyrogen.data import Data
+from pyrogen.data.limits import check_links, parse_table, read_text, read_yaml
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment.table import slug, steps_of
 from pyrogen.inference import Run, load
@@ -81,8 +81,10 @@ def collect(folders: Sequence[str | Path], *, trust: bool = False) -> list[Fitte
         The fits, with names that differ.
 
     Raises:
-        ValueError: If a folder holds neither, or a file is damaged.
+        ValueError: If a folder holds neither, a file is damaged, or a link leads out of a folder that is not trusted.
     """
+    for folder in () if trust else folders:
+        check_links(Path(folder))
     places = dict.fromkeys(place for folder in folders for place in _fits_in(Path(folder)))
     found = [_fitted(place, trust) for place in places]
     return [*_named_apart(found)]
@@ -109,8 +111,9 @@ def _table_of(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     path = folder / TABLE
     if not (folder / COMPARISON).is_file() or not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        table = pd.read_csv(path, index_col="guide")
+        table = pd.read_csv(parse_table(text), index_col="guide")
         rows = {str(name): _plain(row) for name, row in table.iterrows()}
         if any(not {"observations", "particles", "log_likelihood"} <= row.keys() for row in rows.values()):
             raise ValueError("it lacks columns")
@@ -137,16 +140,9 @@ def _reasons(text: str) -> dict[str, str]:
 
 def _fitted(folder: Path, trust: bool) -> Fitted:
     name, row = _table_of(folder.parent).get(folder.name, (folder.name, None))
-    from_settings = row is not None and "options" not in _read_yaml(folder.parent / COMPARISON)
+    from_settings = row is not None and "options" not in (read_yaml(folder.parent / COMPARISON) or {})
     run = load(folder, trust=trust)
     return Fitted(name, folder, run, read_evaluations(folder / EVALUATIONS), row, from_settings)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
@@ -155,7 +151,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If it holds something else.
     """
-    known = _read_yaml(path) if path.exists() else []
+    known = read_yaml(path) if path.exists() else []
     keys = {"data", "split", "seed", "particles", "observations"}
     if not isinstance(known, list) or any(not isinstance(e, dict) or not keys <= e.keys() for e in known):
         raise ValueError(f"{path} is no list of evaluations; move it away")

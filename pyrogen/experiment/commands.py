@@ -14,11 +14,14 @@ import torch
 import yaml
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 from torchvision.utils import make_grid, save_image
 
 from pyrogen import data as data_sets
 from pyrogen.configuration import describe
 from pyrogen.data import Data
+from pyrogen.data.limits import check_links
+from pyrogen.data.published import default_root
 from pyrogen.evaluation import Evaluation, evaluate, sample
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.evaluation.running import check_counts
@@ -30,12 +33,12 @@ from pyrogen.experiment.parts import Part
 from pyrogen.experiment.programs import amortized_guide
 from pyrogen.experiment.report import REPORT, write_report
 from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective, chosen_parts
-from pyrogen.experiment.table import Comparison, row_of, steps_of
+from pyrogen.experiment.table import Comparison, printable, row_of, steps_of
 from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
-from pyrogen.inference.folders import is_run
+from pyrogen.inference.folders import SETTINGS, is_run
 from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.run import write_yaml
 
@@ -63,20 +66,26 @@ class OutputSettings:
         resume: Go on with what is in --out, from its last checkpoint.
         overwrite: Replace the run in --out.
         progress: Show a progress bar with the time left.
+        trust: Take what --config or a run to be resumed names, wherever it is: classes that are not pyrogen's, torch's
+            or Pyro's, whose code is run, and links that lead out of the folder. Look at it first.
     """
 
     out: str | None = None
     resume: bool = False
     overwrite: bool = False
     progress: bool = True
+    trust: bool = False
 
     def folder(self, command: str, data: str) -> Path:
         """The folder, a new one unless it was given.
 
         Raises:
-            ValueError: If something is to be resumed or replaced and it was not said where.
+            ValueError: If something is to be resumed or replaced and it was not said where, or if links lead out of
+                what is to be resumed.
         """
         if self.out is not None:
+            if self.resume and not self.trust:
+                check_links(Path(self.out))
             return Path(self.out)
         if self.resume or self.overwrite:
             raise ValueError("give the folder of the run with --out, to resume or replace it")
@@ -119,7 +128,8 @@ class EvaluateSettings:
         particles: Draws for each observation, for the log-likelihood.
         seed: Of the draws.
         compile: Trace the programs and run compiled graphs where much is to be done, for likelihood and annealing.
-        trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
+        trust: Take what run.yaml names, wherever it is: classes of your own, whose code is run, and paths of data.
+            Look at it first.
     """
 
     run: str
@@ -146,7 +156,8 @@ class SampleSettings:
         mean: Give the mean of each new observation's distribution, without its noise.
         seed: Of the draws.
         overwrite: Replace the file if it exists.
-        trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
+        trust: Take what run.yaml names, wherever it is: classes of your own, whose code is run, and paths of data.
+            Look at it first.
     """
 
     run: str
@@ -175,7 +186,8 @@ class ReportSettings:
         particles: Draws for each observation, for the log-likelihood of fits that have no figures yet.
         seed: Of the draws.
         compile: As for pyrogen evaluate, for fits that have no figures yet.
-        trust: Build classes of your own that run.yaml names, which means to run their code. Look at it first.
+        trust: Take what run.yaml names, wherever it is: classes of your own, whose code is run, and paths of data.
+            Look at it first.
         overwrite: Replace a report that is there.
     """
 
@@ -295,8 +307,25 @@ def _data_of(run: Run, folder: str | Path, settings: EvaluateSettings | ReportSe
         return data_sets.load(settings.data, root=settings.root)
     if not run.data:
         raise ValueError(f"{folder} was not fitted to a data set with a name; give one with --data")
+    if not isinstance(run.data, dict) or not isinstance(run.data.get("name"), str):
+        raise ValueError(f"{folder}/{SETTINGS} is damaged: its data are no settings with a name; give data with --data")
     root = {} if settings.root is None else {"root": settings.root}
-    return data_sets.load(**(run.data | root))
+    if not settings.trust:
+        _check_places({**run.data, **dict.fromkeys(root)}, Path(folder))
+    return data_sets.load(**run.data | root)
+
+
+def _check_places(source: dict[str, Any], folder: Path) -> None:
+    """Raise a ``ValueError`` where a run leads to data outside of its folder and of where data sets are by default."""
+    name, root = source["name"], source.get("root")
+    path = name.partition(":")[2]
+    for place, flag, homes in ((path, f"--data {name}", [folder]), (root, f"--root {root}", [folder, default_root()])):
+        real = Path(str(place)).expanduser().resolve()
+        if place and not any(real.is_relative_to(home.resolve()) for home in homes):
+            raise ValueError(
+                f"{folder / SETTINGS} names {place} for its data, which is outside of that folder; give {flag} if that "
+                "is what shall be read, or --trust to take what it names"
+            )
 
 
 def run_evaluate(settings: EvaluateSettings) -> str:
@@ -331,13 +360,16 @@ def _evaluated(
     following = dict(pairwise(parts))
     entry: dict[str, Any] = {}
 
+    def say(what: str) -> None:
+        shown.update(Text(printable(f"{folder.name}: {what}")))  # a str would be read as markup
+
     def after_part(found: Evaluation) -> None:
         nonlocal entry
         entry = _note_evaluation(folder, run, data, settings, found)
         if name := following.get([*found.seconds_of][-1]):
-            shown.update(f"{folder.name}: {name}, part {len(found.seconds_of) + 1} of {len(parts)}")
+            say(f"{name}, part {len(found.seconds_of) + 1} of {len(parts)}")
 
-    shown.update(f"{folder.name}: {parts[0]}, part 1 of {len(parts)}")
+    say(f"{parts[0]}, part 1 of {len(parts)}")
     options: dict[str, Any] = {name: getattr(settings, name) for name in ("particles", "seed", "compile")}
     found = evaluate(run, rows, parts=parts, after_part=after_part, **options, **space)
     return found, entry

@@ -29,7 +29,7 @@ from pyrogen.experiment.artifacts import write_artifacts
 from pyrogen.experiment.fits import FIGURES, Common, PreparedFit, fitted, perform_fit, read_fit, step_in, trial_of
 from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.programs import amortized_guide, independent_copy
-from pyrogen.experiment.table import Comparison, row_of, slug
+from pyrogen.experiment.table import Comparison, printable, row_of, slug
 from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, open_pool, perform_all
 from pyrogen.inference import CriticOptions, FitOptions, NonFiniteLoss, Objective, Run
 from pyrogen.inference.batches import Batches, training_and_validation
@@ -359,7 +359,7 @@ class _Work:
     def bar(self, progress: bool) -> Iterator[None]:
         """Show the bar, on stderr."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -373,7 +373,7 @@ class _Work:
     def _title(self, position: int, doing: str = "training") -> str:
         if self.together:
             return f"{self.ended} of {len(self.names)} fits done"
-        return f"{position + 1}/{len(self.names)} {self.names[position]}: {doing}"
+        return f"{position + 1}/{len(self.names)} {printable(self.names[position])}: {doing}"
 
     def trained(self, each: PreparedFit, step: int) -> None:
         """A fit stands at a step."""

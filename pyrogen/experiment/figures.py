@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from pyrogen.experiment.table import printable
 from pyrogen.inference.watch import PREFIX
 
 __all__ = [
@@ -40,6 +41,7 @@ CLASS_COLOURS = (
 )
 _MARKERS = "osD^v<>P"
 _STRIP = 12
+_LONGEST = 80
 _SAMPLES = "Samples from the model: E[x | z], z from the prior"
 
 
@@ -49,7 +51,9 @@ def are_images(x: Tensor) -> bool:
 
 
 def literal(name: str) -> str:
-    """A name as Matplotlib shows it, without a meaning to dollars, nor to an underscore in front."""
+    """A name as Matplotlib shows it: dollars and an underscore in front mean nothing, and it is not too long."""
+    name = printable(name)
+    name = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -265,7 +269,7 @@ def latents(
             chosen = points[labels == label]
             look: dict[str, Any] = {"color": CLASS_COLOURS[position % len(CLASS_COLOURS)], "linewidths": 0}
             marker = _MARKERS[position // len(CLASS_COLOURS) % len(_MARKERS)]
-            title = classes[label] if classes else str(label)
+            title = literal(classes[label] if classes else str(label))
             axes.scatter(chosen[:, 0], chosen[:, 1], s=12, marker=marker, label=title, alpha=0.85, **look)
     if labels is not None and len(labels.unique()) <= 20:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="label", markerscale=2)

@@ -7,6 +7,7 @@ and in YAML alike. An argument may be a part itself, such as a schedule of the w
 import difflib
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -62,7 +63,8 @@ class Part:
         if isinstance(value, Mapping) and {"class_path"} <= value.keys() <= {"class_path", "init_args"}:
             return cls(str(value["class_path"]), value.get("init_args"))
         raise ValueError(
-            f"expected a name such as 'Flow', or a mapping {{class_path: NAME, init_args: {{...}}}}, got {value!r}"
+            f"expected a name such as 'Flow', or a mapping {{class_path: NAME, init_args: {{...}}}}, got "
+            f"{reprlib.repr(value)}"
         )
 
     def plain(self) -> str | dict[str, Any]:

@@ -267,7 +267,7 @@ def _png(figure: Figure) -> bytes:
 def _environment(*, escape: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("pyrogen.experiment", "."),
-        autoescape=escape,
+        autoescape=escape,  # noqa: S701 (Markdown has an escape of its own)
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

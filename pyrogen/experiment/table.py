@@ -12,7 +12,7 @@ import pandas as pd
 
 from pyrogen.inference import Run
 
-__all__ = ["COLUMNS", "Column", "Comparison", "row_of", "slug", "steps_of"]
+__all__ = ["COLUMNS", "Column", "Comparison", "printable", "row_of", "slug", "steps_of"]
 
 WIDTH = 160
 """Characters up to which the sections of a printed table stand side by side."""
@@ -200,6 +200,16 @@ _ESTIMATES = [name for name, column in COLUMNS.items() if "estimate" in column.h
 def slug(name: str) -> str:
     """A name as that of a folder: small letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fit"
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, to which control characters in it would be orders.
+
+    Example:
+        >>> print(printable("red: \\x1b[31m"))
+        red: \\x1b[31m
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: repr(found[0])[1:-1], text)
 
 
 def row_of(run: Run, figures: Mapping[str, Any]) -> dict[str, Any]:

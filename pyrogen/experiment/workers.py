@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Literal, Protocol
 
-import cloudpickle
+import cloudpickle  # noqa: TID251 (between this process and its own workers)
 import numpy as np
 import pyro
 import torch
@@ -238,7 +238,7 @@ def _load(shared: Any) -> tuple[dict[str, Callable], Any]:
     """Read what :func:`_save` wrote; files are modules under the names that they have where it comes from."""
     in_file = isinstance(shared, Path)
     source = shared if in_file else io.BytesIO(shared)
-    functions, common, homes = torch.load(source, mmap=in_file, weights_only=False)
+    functions, common, homes = torch.load(source, mmap=in_file, weights_only=False)  # noqa: TID251 (what the parent wrote)
     for name, (path, defined) in homes.items():
         module = sys.modules.setdefault(name, ModuleType(name))
         vars(module).update(defined, __file__=path)

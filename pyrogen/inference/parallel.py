@@ -2,7 +2,7 @@
 
 import logging
 import os
-import pickle
+import pickle  # noqa: TID251 (of an error, to see whether it can be sent)
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,14 +1,13 @@
 """What the files of a run hold, once they are seen to belong together."""
 
 import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from torch import Tensor
 
+from pyrogen.data.limits import TABLE, parse_table, parse_yaml, read_bytes, read_text
 from pyrogen.inference.checkpoints import read_tensors
 from pyrogen.inference.folders import HISTORY, SETTINGS, WEIGHTS
 from pyrogen.inference.migration import format_of, settings_of_1
@@ -49,7 +48,7 @@ def _text_of(path: Path, values: dict[str, Any]) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{path.parent / WEIGHTS} is damaged: it lacks {path.name}; restore it from a copy")
     with contextlib.suppress(FileNotFoundError):
-        if path.read_bytes() != text.encode():
+        if read_bytes(path, TABLE) != text.encode():
             raise ValueError(
                 f"{path} and {WEIGHTS} beside it are not of one run: one was changed, cut short or taken from another. "
                 f"Restore them from a copy; or if the weights are right, delete {path.name}, which they hold too"
@@ -60,17 +59,16 @@ def _text_of(path: Path, values: dict[str, Any]) -> str:
 def _text_of_1(path: Path, values: dict[str, Any]) -> str:
     """The same of the first format, whose weights hold nothing else."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        why = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise ValueError(f"{path} is {why}; restore it from a copy") from error
+        return read_text(path, TABLE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; restore it from a copy") from error
 
 
 def _read_settings(text: str, path: Path, number: int) -> dict[str, Any]:
     """The contents of a ``run.yaml``."""
     try:
-        settings = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        settings = parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(settings, dict) or settings.get("format") != number:
         raise ValueError(f"{path} is damaged, or not of format {number} as {WEIGHTS} beside it; restore it from a copy")
@@ -92,7 +90,7 @@ def read_history(text: str, folder: Path) -> pd.DataFrame:
         ValueError: If it is damaged.
     """
     try:
-        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+        table = pd.read_csv(parse_table(text), dtype=str, keep_default_na=False)
         # Python's own float reads exactly what was written; pandas' default, in older versions, nearly.
         return pd.DataFrame(
             {

@@ -1,5 +1,6 @@
 """A run: what a fit leaves behind, on disk as safetensors and YAML."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,6 +18,8 @@ import yaml
 from torch import nn
 
 from pyrogen.configuration import build, describe
+from pyrogen.data.limits import FREE, check_links
+from pyrogen.inference.allowance import Allowance
 from pyrogen.inference.checkpoints import atomically, load_weights, unique_tensors, write_tensors
 from pyrogen.inference.folders import CHECKPOINT, HISTORY, SETTINGS, WEIGHTS, clear_folder, held, prepare_folder
 from pyrogen.inference.migration import FORMAT
@@ -301,23 +304,30 @@ def load(
     Args:
         folder: Where it is.
         model, guide, objective: Take these, built as they were, instead of building what ``run.yaml`` names.
-        trust: Whether code outside pyrogen, Pyro and torch that ``run.yaml`` names may be imported and run.
+        trust: Whether code outside pyrogen, Pyro and torch that ``run.yaml`` names may be imported and run, links may
+            lead out of the folder, and building may take far more memory than the weights do.
 
     Returns:
         The run, on the CPU.
 
     Raises:
-        ValueError: If a file is damaged, files are not of one run, a part can't be built, or the weights are another
-            model's.
+        ValueError: If a file is damaged, files are not of one run, a part can't be built, the weights are another
+            model's, or something would need to be trusted.
     """
     folder = Path(folder)
+    if not trust:
+        check_links(folder)
     tensors, settings, history = read_files(folder)
-    model, guide, objective = _build_parts(
-        settings, {"model": model, "guide": guide, "objective": objective}, folder, trust
-    )
+    most = 4 * sum(tensor.nbytes for tensor in tensors.values()) + 2 * FREE
+    bounded = contextlib.nullcontext() if trust else Allowance(most, f"what {folder / SETTINGS} describes")
+    with bounded:
+        model, guide, objective = _build_parts(
+            settings, {"model": model, "guide": guide, "objective": objective}, folder, trust
+        )
     try:
         options = {k: v for k, v in settings["options"].items() if not _is_not_described(v)}
-        example = make_example(settings["example"])
+        with bounded:
+            example = make_example(settings["example"])
         run = Run(
             model=as_module(model, *example),
             guide=None if guide is None else as_module(guide, *example),
@@ -336,7 +346,7 @@ def load(
             "model= and guide=, built as they were"
         ) from error
     if any(name.startswith("critics.") for name in tensors):
-        with seeded(0, torch.device("cpu")):
+        with seeded(0, torch.device("cpu")), bounded:
             run.objective.prepare(run.model, run.guide, *example)
     precisions = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(precisions) == 1:

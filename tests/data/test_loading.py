@@ -115,7 +115,7 @@ def test_a_name_that_is_near_to_none():
         ({"binarize": "yes"}, ValueError, "binarize to be None or one of .*'dynamic'.*got 'yes'"),
         ({"binarize": True}, ValueError, "binarize to be None or one of .*got True"),
         ({"size": 16}, ValueError, "size only with celeba and folder:PATH, got size=16 with digits"),
-        ({"size": 0}, ValueError, "at least 1, got 0"),
+        ({"size": 0}, ValueError, "1 to 8192, got 0"),
         ({"seed": 0.5}, TypeError, "seed to be an integer, got 0.5"),
         ({"root": 3}, TypeError, "root to be the path of a folder, got int"),
         ({"name": 3}, TypeError, "name of a data set.*got int"),

@@ -1,5 +1,6 @@
 """The report: whole, self-contained, safe from what it shows, and readable where it is read."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -138,6 +139,54 @@ def test_hostile_names_are_shown_and_do_nothing(page, folder):
     outside = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", markdown, flags=re.M | re.S)
     assert "<script" not in outside and r"&lt;script&gt;alert(" in outside
     assert r"\| \*\$x\$\* \`" in outside
+
+
+def mark(kind: str) -> str:
+    """A name that would be a tag, an attribute, an end of either, mathematics, Markdown, markup and orders at once."""
+    return f"<b onclick=x()>'\"{kind}</b>{{{{7*7}}}}[/{kind}]($\\frac{{`|*_ javascript:x() \x1b[31m"
+
+
+def test_whatever_is_named_by_the_user_is_shown_and_does_nothing(digits, tmp_path):
+    """Data, classes, fits, programs, sites with their units, reasons, and blocks of others."""
+
+    class Hostile(LatentVariableModel):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample(mark("site"), dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", self.likelihood(z), obs=x)
+
+    Hostile.__name__ = Hostile.__qualname__ = mark("model")
+    named = dataclasses.replace(
+        digits, name=mark("data"), classes=(*(mark(f"class{n}") for n in range(9)), "x" * 10_000)
+    )
+    model = Hostile(StandardNormal(2), Bernoulli(MLP(2, digits.event_shape, hidden=(16,))))
+    run = fitted(model, Normal, ELBO(), named)
+    row = {
+        "elbo": -20.0,
+        "log_likelihood": -19.0,
+        "reasons": {mark("part"): mark("reason")},
+        "compared_in": mark("space"),
+    }
+    table = Comparison.of([row], {mark("fit"): run}, mark("rows"), {mark("left"): mark("why")})
+    table.failed = {mark("failed"): mark("error")}
+    blocks = {mark("fit"): [Block(mark("title"), mark("caption"), Figure((1, 1)), (mark("line"),))]}
+    write_report(tmp_path / mark("folder").replace("/", ""), table, (named.test,), named, blocks=blocks)
+    (path,) = tmp_path.rglob("report.html")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not page.all("b") and not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    shown = ("data", "fit", "model", "site", "part", "reason", "space", "left", "why", "failed", "error")
+    for kind in (*shown, "title", "caption", "line"):
+        assert " ".join(mark(kind).split()) in " ".join(page.text.split()), kind
+    markdown = re.sub(
+        r"^(`{3,})yaml\n.*?^\1$", "", path.with_suffix(".md").read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    assert "<b" not in markdown and not re.search(r"(?<!\\)\]\(\$", markdown)
+    assert {each.parent.name for each in path.parent.rglob("*.png")} <= {
+        "all-fits",
+        "fit-b-onclick-x-fit-b-7-7-fit-frac-javascript-x-31m",
+    }
+    notebook = Page(table._repr_html_())
+    assert not notebook.all("b") and mark("fit") in notebook.text
 
 
 def test_every_anchor_is_there_once(page):

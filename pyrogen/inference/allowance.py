@@ -1,0 +1,93 @@
+"""A bound on the memory that a run may take to be built, since a few words of ``run.yaml`` can ask for any."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyrogen.data.limits import size_in_words
+
+__all__ = ["Allowance"]
+
+_LEAST = 2**14
+"""Bytes that a tensor counts for at least, for what is around it takes memory and time."""
+
+
+class Allowance(TorchDispatchMode):
+    """Within, tensors take no more than so many bytes at a time; what would take more is refused before it is made.
+
+    What an operation gives is foretold by the same operation on tensors without memory, wherever that can be much.
+
+    Args:
+        most: So many bytes.
+        what: What is being built, for the message.
+
+    Example:
+        >>> with Allowance(1_000_000, "the model"):
+        ...     torch.nn.Linear(10_000, 10_000)
+        Traceback (most recent call last):
+        ValueError: the model takes over 1 MB, far more ...
+    """
+
+    def __init__(self, most: int, what: str) -> None:
+        super().__init__()
+        self.most, self.what = most, what
+        self.taken = 0
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        self._make_room(_foretold(func, args, kwargs, self.most))
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            known = self.storages.get(storage._cdata)
+            if known is None or known[0].expired():
+                taken = max(storage.nbytes(), _LEAST)
+                self._make_room(taken)
+                self.taken += taken - (0 if known is None else known[1])
+                self.storages[storage._cdata] = StorageWeakRef(storage), taken
+        return result
+
+    def _make_room(self, wanted: int) -> None:
+        """Forget tensors that are no more, if there is need, and raise a ``ValueError`` if that does not do."""
+        if self.taken + wanted > self.most:
+            self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+            self.taken = sum(taken for _, taken in self.storages.values())
+        if self.taken + wanted > self.most:
+            raise ValueError(
+                f"{self.what} takes over {size_in_words(self.most)}, far more than its weights; it is damaged, or made "
+                "to exhaust memory. If it is right, pass trust=True (--trust on the command line)"
+            )
+
+
+def _foretold(func: Any, args: Any, kwargs: dict[str, Any], most: int) -> int:
+    """Bytes that an operation would take, 0 where that is little or can't be told."""
+    leaves = tree_leaves((args, kwargs))
+    tensors, numbers = [*_tensors(leaves)], [abs(n) for n in leaves if isinstance(n, (int, float)) and n]
+    if tensors and math.prod(tensor.numel() for tensor in tensors) * math.prod(max(n, 1) for n in numbers) < most / 16:
+        return 0
+
+    def bare(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return torch.device("meta")
+        return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+    if not tensors:
+        kwargs = kwargs | {"device": "meta"}
+    try:
+        given, named = tree_map(bare, (args, kwargs | {"generator": None} if "generator" in kwargs else kwargs))
+        result = func(*given, **named)
+    except Exception:  # of operations that need values, or take no device
+        return 0
+    storages = {storage._cdata: storage.nbytes() for storage in (each.untyped_storage() for each in _tensors(result))}
+    return sum(storages.values())
+
+
+def _tensors(values: Any) -> Any:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
