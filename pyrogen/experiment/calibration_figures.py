@@ -18,7 +18,7 @@ from scipy import stats
 from pyrogen.evaluation.simulation_based import SimulationBasedCalibration
 from pyrogen.evaluation.tarp import TARP
 from pyrogen.evaluation.uniform_ranks import LEVEL, ecdf_band
-from pyrogen.experiment.figures import COLOURS
+from pyrogen.experiment.figures import COLOURS, literal
 from pyrogen.experiment.latent_figures import WIDTH
 
 __all__ = ["coverage", "ranks", "stacked"]
@@ -69,7 +69,7 @@ def _differences(axes: Axes, found: SimulationBasedCalibration) -> None:
         if at not in failing:
             axes.plot(levels, unit.shares - levels, color="#777777", linewidth=0.8, alpha=0.6)
     for at, colour in zip(failing, COLOURS, strict=False):
-        label = f"{at}: {found.failing[at]}"
+        label = f"{literal(at)}: {found.failing[at]}"
         axes.plot(levels, found.units[at].shares - levels, color=colour, linewidth=1.5, label=label)
     if more := len(found.failing) - len(failing):
         axes.plot([], [], color="#777777", linewidth=0.8, label=f"{more} more fail")

@@ -181,12 +181,10 @@ def compare(
 
     def begin() -> None:
         if folder is not None:
+            stack.enter_context(held(folder, overwrite=overwrite, resume=resume))
             _begin(folder, fits, configuration, resume=resume, clear=overwrite and not resume)
 
-    with ExitStack() as stack:
-        if folder is not None:
-            stack.enter_context(held(folder, overwrite=overwrite, resume=resume))
-        stack.enter_context(work.bar(progress))
+    with ExitStack() as stack, work.bar(progress):
         if workers is None:
             begin()
             table_rows, runs, failed = _fit_here(fits, common, folder, resume, work)

@@ -41,7 +41,6 @@ CLASS_COLOURS = (
 )
 _MARKERS = "osD^v<>P"
 _STRIP = 12
-_LONGEST = 80
 _SAMPLES = "Samples from the model: E[x | z], z from the prior"
 
 
@@ -50,10 +49,10 @@ def are_images(x: Tensor) -> bool:
     return x.dim() == 4 and x.shape[-1] > 1 and bool(x.min() >= -0.5) and bool(x.max() <= 1.5)
 
 
-def literal(name: str) -> str:
+def literal(name: str, longest: int = 80) -> str:
     """A name as Matplotlib shows it: dollars and an underscore in front mean nothing, and it is not too long."""
     name = printable(name)
-    name = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    name = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -269,7 +268,7 @@ def latents(
             chosen = points[labels == label]
             look: dict[str, Any] = {"color": CLASS_COLOURS[position % len(CLASS_COLOURS)], "linewidths": 0}
             marker = _MARKERS[position // len(CLASS_COLOURS) % len(_MARKERS)]
-            title = literal(classes[label] if classes else str(label))
+            title = literal(classes[label] if classes else str(label), 30)
             axes.scatter(chosen[:, 0], chosen[:, 1], s=12, marker=marker, label=title, alpha=0.85, **look)
     if labels is not None and len(labels.unique()) <= 20:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", title="label", markerscale=2)
@@ -346,7 +345,7 @@ def _likelihoods(axes: Axes, table: pd.DataFrame) -> None:
     for place, (_, row), look in zip(places, table.iterrows(), _looks(), strict=False):
         point = {"color": look["color"], "marker": look["marker"], "markersize": 7, "capsize": 3}
         axes.errorbar(row["log_likelihood"], place, xerr=row["log_likelihood_error"], linestyle="none", **point)
-    axes.set_yticks(places, [literal(str(name)) for name in table.index])
+    axes.set_yticks(places, [literal(str(name), 40) for name in table.index])
     axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set_xlabel("log-likelihood (nats per observation; bars: standard error)")
     axes.grid(alpha=0.3, axis="x")

@@ -289,7 +289,7 @@ def _aggregate(fit: _Fit, latents: Latents) -> Made:
     draws, rows, prior = *latents.posterior.shape[:2], latents.prior
     if len(latents.names) == 1:
         cloud = latents.posterior.reshape(-1, 1)
-        figure = latent_figures.vectors(cloud, prior, latents.names, ("q(z)", "p(z)"))
+        figure = latent_figures.vectors(cloud, prior, [*map(figures.literal, latents.names)], ("q(z)", "p(z)"))
         caption = f"Kernel estimates from {draws} draws of q(z|x) for each of {rows} rows, and {len(prior)} of p(z)."
         return caption, figure
     chosen = latents.most_active(2)

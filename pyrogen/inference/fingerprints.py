@@ -79,7 +79,7 @@ def sites_of(program: Callable | None, *batch: Tensor) -> dict[str, str]:
     Example:
         >>> from pyrogen.models import ProbabilisticPCA
         >>> sites_of(ProbabilisticPCA(2, 5), torch.zeros(3, 5))["z"]
-        'Normal (2,) in data'
+        'SafeNormal (2,) in data'
     """
     if program is None:
         return {}

@@ -147,7 +147,7 @@ def mark(kind: str) -> str:
 
 
 def test_whatever_is_named_by_the_user_is_shown_and_does_nothing(digits, tmp_path):
-    """Data, classes, fits, programs, sites with their units, reasons, and blocks of others."""
+    """Data, classes, fits, programs, reasons, and blocks of others; sites, in pictures."""
 
     class Hostile(LatentVariableModel):
         def forward(self, x):
@@ -164,6 +164,7 @@ def test_whatever_is_named_by_the_user_is_shown_and_does_nothing(digits, tmp_pat
     row = {
         "elbo": -20.0,
         "log_likelihood": -19.0,
+        "log_likelihood_error": 0.1,
         "reasons": {mark("part"): mark("reason")},
         "compared_in": mark("space"),
     }
@@ -174,7 +175,7 @@ def test_whatever_is_named_by_the_user_is_shown_and_does_nothing(digits, tmp_pat
     (path,) = tmp_path.rglob("report.html")
     page = Page(path.read_text(encoding="utf-8"))
     assert not page.all("b") and not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    shown = ("data", "fit", "model", "site", "part", "reason", "space", "left", "why", "failed", "error")
+    shown = ("data", "fit", "model", "part", "reason", "space", "left", "why", "failed", "error")
     for kind in (*shown, "title", "caption", "line"):
         assert " ".join(mark(kind).split()) in " ".join(page.text.split()), kind
     markdown = re.sub(
