@@ -1,6 +1,5 @@
 r"""From a decoder's output to the parameters of a distribution: shapes, and scales kept positive."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyrogen.arguments import is_finite
 from pyrogen.distributions.bounds import finite_gradient
 
 __all__ = [
@@ -134,13 +134,13 @@ class LocationScale(nn.Module):
         super().__init__()
         self.decoder = check_decoder(decoder)
         self.scale = scale
-        if scale == "shared":
-            self.raw_scale = nn.Parameter(torch.zeros(()))
-        elif not isinstance(scale, str) and not (scale > 0 and math.isfinite(scale)):
+        if not isinstance(scale, str) and not (is_finite(scale) and scale > 0):
             raise ValueError(f"a fixed scale must be positive and finite, got {scale}; or learn it: scale='shared'")
-        elif isinstance(scale, str) and scale not in self.scales():
+        if isinstance(scale, str) and scale not in self.scales():
             names = ", ".join(map(repr, self.scales()))
             raise ValueError(f"scale must be a positive number or one of {names}, got {scale!r}")
+        if scale == "shared":
+            self.raw_scale = nn.Parameter(torch.zeros(()))
 
     @classmethod
     def scales(cls) -> tuple[str, ...]:

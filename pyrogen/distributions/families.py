@@ -17,6 +17,7 @@ from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyrogen.arguments import checked
 from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal
 from pyrogen.networks.mlp import as_shape
@@ -86,6 +87,7 @@ class Parameters(nn.Module):
                 self.linear.weight[first : first + len(values)] = 0.0
 
 
+@checked()
 class StandardNormal(nn.Module):
     r"""The fixed prior of most latent-variable models.
 
@@ -117,6 +119,7 @@ class StandardNormal(nn.Module):
         return f"{self.features}"
 
 
+@checked()
 class Normal(nn.Module):
     r"""A normal distribution with diagonal covariance: the mean-field family.
 
@@ -154,6 +157,7 @@ class Normal(nn.Module):
         return SafeNormal(loc, positive_scale(raw)).to_event(len(self.shape))
 
 
+@checked()
 class MultivariateNormal(nn.Module):
     r"""A normal distribution with full covariance, through its Cholesky factor.
 
@@ -198,6 +202,7 @@ class MultivariateNormal(nn.Module):
         return dist.TransformedDistribution(normal, [ReshapeTransform(torch.Size((d,)), torch.Size(self.shape))])
 
 
+@checked()
 class Delta(nn.Module):
     r"""A point mass at a learned location: turns a VAE into an autoencoder.
 

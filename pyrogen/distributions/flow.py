@@ -14,6 +14,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
+from pyrogen.arguments import checked
 from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.distributions.flow_transforms import BUILDERS, Builder, Layer, Name, element_wise_spline
@@ -30,6 +31,7 @@ Ten layers of scales exp(±2) can neither make more of that than there is, nor s
 Direction = Literal["sampling", "density"]
 
 
+@checked(but=("transform", "direction"))
 class Flow(nn.Module):
     r"""A normalising flow: a prior without a context, a posterior with one.
 
@@ -114,11 +116,11 @@ class Flow(nn.Module):
         widths = (max(64, 2 * size),) * 2 if hidden is None else tuple(hidden)
         if layers < 1 or not widths:
             raise ValueError(f"expected at least one layer and one hidden width, got {layers=} and {hidden=}")
-        if direction not in (None, *get_args(Direction)):
+        if direction is not None and (not isinstance(direction, str) or direction not in get_args(Direction)):
             raise ValueError(f'direction must be "sampling", "density" or None, got {direction!r}')
         self.fast: Direction = direction or ("sampling" if context else "density")
         build = builder(transform, size)
-        self.steps = nn.ModuleList(checked(build(size, context, widths), transform) for _ in range(layers))
+        self.steps = nn.ModuleList(checked_layer(build(size, context, widths), transform) for _ in range(layers))
         self.affine = Parameters(2 * size, context)
         self.affine.start_at(torch.zeros(size), size)
         self.register_buffer("permutations", permutations(size, layers))
@@ -213,7 +215,7 @@ def builder(transform: Name | Builder, features: int) -> Builder:
     """The callable that builds one layer."""
     if callable(transform):
         return transform
-    if transform not in BUILDERS:
+    if not isinstance(transform, str) or transform not in BUILDERS:
         raise ValueError(
             f"transform must be one of {', '.join(BUILDERS)}, or a callable (features, context, hidden) that "
             f"builds a transform of Pyro, got {transform!r}"
@@ -221,7 +223,7 @@ def builder(transform: Name | Builder, features: int) -> Builder:
     return element_wise_spline if features == 1 and transform != "planar" else BUILDERS[transform]
 
 
-def checked(layer: Layer, transform: Name | Builder) -> Layer:
+def checked_layer(layer: Layer, transform: Name | Builder) -> Layer:
     if not isinstance(layer, ConditionalTransformModule | TransformModule):
         raise TypeError(
             f"{named(transform)} must build a ConditionalTransformModule or TransformModule of "

@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
+from pyrogen.arguments import LARGEST, checked, is_whole
 from pyrogen.distributions.families import Parameters
 from pyrogen.networks.mlp import as_shape, initialise
 
@@ -149,6 +150,7 @@ def apply_to_rows(network: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[i
     return y if len(batch) == 1 else y.reshape(batch + shape)
 
 
+@checked(but=("context", "noise"))
 class Implicit(nn.Module):
     r"""A distribution given by a network of noise and context: any shape, several modes, but no density.
 
@@ -214,8 +216,8 @@ class Implicit(nn.Module):
         self.inject = inject
         self.shape = as_shape(features)
         size = math.prod(self.shape)
-        for name, value in {"context": context, "noise": noise}.items():
-            if value is not None and (not isinstance(value, int) or value < 0):
+        for name, value in {"context": context, "noise": 0 if noise is None else noise}.items():
+            if not is_whole(value) or value > LARGEST:
                 raise ValueError(f"{name} is a whole number, 0 or more, got {value!r}")
         self.noises = default_noise(size) if noise is None else noise
         if not (self.noises or context):

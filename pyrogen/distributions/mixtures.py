@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.distributions.normals import SafeMixture, SafeMixtureOfDiagNormals, SafeNormal
@@ -16,6 +17,7 @@ from pyrogen.networks.mlp import as_shape
 __all__ = ["EqualMixture", "Mixture", "Vamp"]
 
 
+@checked()
 class Mixture(nn.Module):
     r"""A mixture of normals with diagonal covariances, with pathwise gradients for its samples.
 
@@ -70,6 +72,7 @@ class EqualMixture(SafeMixture):
     """What a :class:`Vamp` returns."""
 
 
+@checked()
 class Vamp(nn.Module):
     r"""The VampPrior: the prior is the equal mixture of the guide's posteriors at learned pseudo-inputs.
 
@@ -99,6 +102,7 @@ class Vamp(nn.Module):
         super().__init__()
         if components < 1:
             raise ValueError(f"components must be at least 1, got {components}")
+        self.shape = as_shape(features)
         self.features = features
         self.components = components
         if isinstance(inputs, Tensor):

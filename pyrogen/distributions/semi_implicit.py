@@ -13,6 +13,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
+from pyrogen.arguments import checked
 from pyrogen.distributions.bounds import log_sum_exp
 from pyrogen.distributions.families import Normal
 from pyrogen.distributions.implicit import apply_to_rows, check_context, default_noise
@@ -140,6 +141,7 @@ def has_stochastic_density(fn: Any) -> bool:
     return False
 
 
+@checked()
 class SemiImplicit(nn.Module):
     r"""A mixture over noise: components with a density, of which there are as many as values of the noise.
 

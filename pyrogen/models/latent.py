@@ -4,9 +4,12 @@ import pyro
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
+
 __all__ = ["LatentVariableModel"]
 
 
+@checked()
 class LatentVariableModel(PyroModule):
     r"""A prior over a latent z and a likelihood of x given z: the model of every VAE.
 

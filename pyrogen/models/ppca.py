@@ -9,6 +9,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.distributions.bounds import bounded, finite_gradient, unbounded
 from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal, triangle
 from pyrogen.networks.mlp import as_shape
@@ -19,6 +20,7 @@ LIMIT = 40.0
 """What log σ is bounded to, smoothly: densities and their gradients divide by σ, at most by e^-40 twice."""
 
 
+@checked()
 class ProbabilisticPCA(PyroModule):
     r"""A linear map of a standard normal latent, with isotropic noise.
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.networks.mlp import as_shape, dense, initialise, leading_shape
 
 __all__ = ["ConvDecoder", "ConvEncoder", "RoscaEncoder", "image_shape", "stages"]
@@ -48,6 +49,7 @@ def stages(height: int, width: int, channels: Sequence[int] | None) -> tuple[tup
     return tuple(channels), (height // 2 ** len(channels), width // 2 ** len(channels))
 
 
+@checked()
 class ConvEncoder(nn.Module):
     """A convolutional encoder: each stage halves the image, then a fully connected head reads what is left.
 
@@ -106,6 +108,7 @@ class ConvEncoder(nn.Module):
         return self.layers(x.reshape(batch.numel(), *self.input_shape)).reshape(batch + self.output_shape)
 
 
+@checked(but=("outputs",))
 class ConvDecoder(nn.Module):
     """A convolutional decoder, the mirror of :class:`ConvEncoder`: transposed convolutions double the image.
 
@@ -161,6 +164,7 @@ class ConvDecoder(nn.Module):
         return self.layers(flat).reshape(batch + self.output_shape)
 
 
+@checked()
 class RoscaEncoder(nn.Module):
     """A small convolutional encoder for MNIST in the manner of Rosca and colleagues (2017, 2018).
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pyrogen.arguments import checked
 from pyrogen.networks.convolutional import stages
 from pyrogen.networks.mlp import as_shape, dense, initialise
 
@@ -19,6 +20,7 @@ SMALLEST_SIDE = 8
 """Images smaller than this are read as vectors: after one halving nothing of a neighbourhood would be left."""
 
 
+@checked()
 class Critic(nn.Module):
     r"""Scores samples, and what they are conditioned on: the default network of every ratio.
 

@@ -6,15 +6,19 @@ from itertools import pairwise
 
 from torch import Size, Tensor, nn
 
+from pyrogen.arguments import LARGEST, checked, is_whole
+
 __all__ = ["MLP", "as_shape", "dense", "initialise", "leading_shape"]
 
 
 def as_shape(size: int | Sequence[int]) -> tuple[int, ...]:
     """An event shape from an integer or a shape: ``8`` means ``(8,)``."""
-    shape = (size,) if isinstance(size, int) else tuple(int(n) for n in size)
-    if any(n < 1 for n in shape):
+    shape = tuple(size) if isinstance(size, Sequence) else (size,)
+    if not all(is_whole(n) and n >= 1 for n in shape):
         raise ValueError(f"a size must be positive, got {size}; pass an integer or an event shape such as (1, 28, 28)")
-    return shape
+    if any(n > LARGEST for n in shape):
+        raise ValueError(f"a size must be at most {LARGEST}, got {size}; pass an integer or an event shape")
+    return tuple(map(int, shape))
 
 
 def leading_shape(x: Tensor, shape: tuple[int, ...]) -> Size:
@@ -68,6 +72,7 @@ def fan_in(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> float:
     return layer.in_channels * taps
 
 
+@checked()
 class MLP(nn.Module):
     """A multilayer perceptron between event shapes.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.networks.convolutional import image_shape, stages
 from pyrogen.networks.mlp import as_shape, initialise, leading_shape
 
@@ -27,6 +28,7 @@ def normalisation(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, 8) if channels >= 32 else 1, channels)
 
 
+@checked()
 class ResidualBlock(nn.Module):
     """A pre-activated residual block of two 3 x 3 convolutions that keeps, halves or doubles the image.
 
@@ -51,6 +53,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, resize: float = 1, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        check_counts(inputs=inputs, outputs=outputs)
         if resize not in (0.5, 1, 2):
             raise ValueError(f"resize must be 0.5, 1 or 2, got {resize}")
         self.inputs = inputs
@@ -82,6 +85,7 @@ def initialise_residual(network: nn.Module, last: nn.Module) -> None:
                 block.second.weight.mul_(BRANCH_SCALE)
 
 
+@checked()
 class ResNetEncoder(nn.Module):
     """A residual encoder: in each stage, blocks at one size and one that halves the image, then a linear map.
 
@@ -135,6 +139,7 @@ class ResNetEncoder(nn.Module):
         return self.layers(x.reshape(batch.numel(), *self.input_shape)).reshape(batch + self.output_shape)
 
 
+@checked(but=("outputs",))
 class ResNetDecoder(nn.Module):
     """A residual decoder, the mirror of :class:`ResNetEncoder`: a linear map, then doubling stages.
 
