@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LARGEST", "as_device", "check_counts", "check_positive", "checked", "is_finite", "is_whole", "shown"]
+__all__ = [
+    "LARGEST",
+    "as_device",
+    "check_are",
+    "check_counts",
+    "check_positive",
+    "checked",
+    "is_finite",
+    "is_whole",
+    "shown",
+]
 
 LARGEST = 2**31 - 1
 """The largest size, count or number of steps: what is beyond is a slip, and fits no memory or lifetime."""
@@ -41,7 +51,7 @@ def checked(*, but: Sequence[str] = ()) -> Callable[[T], T]:
         ... def draw(count: int) -> None: ...
         >>> draw(2.5)
         Traceback (most recent call last):
-        ValueError: count of draw must be a whole number of at least 0 and less than 2**63, got 2.5
+        ValueError: draw: count must be a whole number, 0 or more and less than 2**63, got 2.5
     """
 
     def decorated(thing: Any) -> Any:
@@ -69,8 +79,10 @@ def _checked(function: Callable, name: str, but: Sequence[str]) -> Callable:
             return function(*args, **kwargs)  # which says it better
         for key, hint in hints().items():
             for value in _values(given, signature.parameters[key]):
+                if key == "guide" and value is None:
+                    continue  # each function knows itself what it needs a guide for
                 if not _fits(value, hint):
-                    raise ValueError(f"{key} of {name} must be {_in_words(hint)}, got {shown(value)}")
+                    raise ValueError(f"{name}: {key} must be {_in_words(hint)}, got {shown(value)}")
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
@@ -113,7 +125,7 @@ def _fits(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind in _KINDS:
         return _KINDS[kind][0](value)
-    plain = isinstance(kind, type) and kind is not Any and not getattr(kind, "_is_protocol", False)
+    plain = isinstance(kind, type) and not getattr(kind, "_is_protocol", False)
     return isinstance(value, kind) if plain else True
 
 
@@ -144,14 +156,15 @@ def _is_path(value: Any) -> bool:
 
 
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    int: (is_whole, "a whole number of at least 0 and less than 2**63"),
+    int: (is_whole, "a whole number, 0 or more and less than 2**63"),
     float: (is_finite, "a finite number"),
     str: (lambda value: isinstance(value, str) and _is_path(value), "a text"),
     Path: (lambda value: isinstance(value, Path) and _is_path(value), "a path"),
     PathLike: (_is_path, "a path"),
     bool: (lambda value: isinstance(value, bool), "True or False"),
+    Any: (lambda value: True, "anything"),
     types.NoneType: (lambda value: value is None, "None"),
-    Tensor: (_is_dense, "a dense tensor of real numbers that has memory, of fewer than 2**40 values"),
+    Tensor: (_is_dense, "a dense tensor of real numbers in memory, fewer than 2**40"),
     nn.Module: (lambda value: isinstance(value, nn.Module), "a module"),
 }
 """How to tell things of plain kinds, and what they are called."""
@@ -162,7 +175,7 @@ def _in_words(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_in_words, inner)))
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, inner))
+        return f"one of {[*inner]}"
     if origin in (type, Callable) or hint is Callable:
         return "a class" if origin is type else "a function"
     if origin in (tuple, list, Sequence):
@@ -175,19 +188,26 @@ def _in_words(hint: Any) -> str:
     return _KINDS[kind][1] if kind in _KINDS else f"a {getattr(kind, '__name__', kind)}"
 
 
-def check_counts(**counts: int | None) -> None:
+def check_counts(*, or_none: bool = False, **values: int | None) -> None:
     """Raise a ``ValueError`` for a number that is no whole one of at least 1, by its name."""
-    for name, value in counts.items():
-        if value is not None and not (is_whole(value) and 1 <= value <= LARGEST):
-            most = f" and at most {LARGEST}" if is_finite(value) and value > LARGEST else ""
+    for name, value in values.items():
+        if not ((is_whole(value) and 1 <= int(value) <= LARGEST) or (or_none and value is None)):  # type: ignore[arg-type]
+            most = f" and at most {LARGEST}" if is_finite(value) and value > LARGEST else ""  # type: ignore[operator]
             raise ValueError(f"{name} must be a whole number of at least 1{most}, got {shown(value)}")
 
 
-def check_positive(**values: float | None) -> None:
+def check_positive(*, or_none: bool = False, **values: float | None) -> None:
     """Raise a ``ValueError`` for a number that is not above 0 and finite, by its name."""
     for name, value in values.items():
-        if value is not None and not (is_finite(value) and value > 0):
+        if not ((is_finite(value) and value > 0) or (or_none and value is None)):  # type: ignore[operator]
             raise ValueError(f"{name} must be a positive number, got {shown(value)}")
+
+
+def check_are(kind: Any, **values: Any) -> None:
+    """Raise a ``ValueError`` for what is not of a plain kind, such as ``float`` for a finite number, by its name."""
+    for name, value in values.items():
+        if not _fits(value, kind):
+            raise ValueError(f"{name} must be {_in_words(kind)}, got {shown(value)}")
 
 
 def as_device(device: torch.device | str) -> torch.device:

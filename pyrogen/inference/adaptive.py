@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.inference.ratios import Ratio, at_least_single
 
 __all__ = ["AdaptiveContrast", "Covariance", "Reference"]
@@ -75,6 +76,7 @@ class Reference:
         return -0.5 * squares - scale.log().sum(-1) - 0.5 * size * math.log(2 * math.pi)
 
 
+@checked()
 class AdaptiveContrast(nn.Module):
     r"""The log-density of an implicit distribution, by its ratio to a normal one with the same moments.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from pyrogen.arguments import check_are
 from pyrogen.data import Data, as_float
 from pyrogen.inference.fingerprints import fingerprint
 
@@ -231,6 +232,8 @@ def training_and_validation(data: Any, batch_size: int, seed: int) -> tuple[Batc
 
 def check_data(rows: tuple[Tensor, ...] | Dataset) -> None:
     """Raise a ``ValueError`` for empty, unequal or non-finite data."""
+    if isinstance(rows, tuple):
+        check_are(tuple[Tensor, ...], data=rows)
     if isinstance(rows, tuple) and any(x.dim() == 0 for x in rows):
         raise ValueError("expected data of shape (N, *event_shape), got a single number; use x.reshape(1)")
     lengths = {len(x) for x in rows} if isinstance(rows, tuple) else {len(rows)}  # type: ignore[arg-type]

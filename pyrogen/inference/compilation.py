@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyrogen.arguments import checked
 from pyrogen.inference.objectives import Estimate, ObjectiveModule
 from pyrogen.inference.programs import modules_of
 from pyrogen.inference.tracing import lowered, reason
@@ -42,6 +43,7 @@ class _Graph:
     state: tuple[Tensor, ...]
 
 
+@checked()
 class Compiled:
     r"""The loss of an objective and its gradients, by a graph that was traced once and compiled.
 

@@ -14,6 +14,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked, shown
 from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
 from pyrogen.distributions.supports import to_support
@@ -39,6 +40,7 @@ Family = Callable[[int | tuple[int, ...], int], nn.Module] | nn.Module
 """What builds a conditional distribution from ``(features, context)``, or one already built."""
 
 
+@checked()
 class AmortizedGuide(PyroModule):
     r"""A guide for any Pyro program, amortised by an encoder.
 
@@ -100,8 +102,14 @@ class AmortizedGuide(PyroModule):
             raise ValueError("the model has no latent site to guide; train it with guide=None")
         if isinstance(family, Mapping) and (unknown := family.keys() - self.sites.keys()):
             raise ValueError(f"family names the sites {sorted(unknown)}, but the model's are {[*self.sites]}")
-        with torch.no_grad(), evaluation_mode(encoder):
-            features = encoder(*batch)
+        try:
+            with torch.no_grad(), evaluation_mode(encoder):
+                features = encoder(*batch)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the encoder can't read a batch of {', '.join(map(shown, batch))} ({error}); give it another inputs=, "
+                "or an example= of the shape and type that it takes"
+            ) from error
         width = features.flatten(1).shape[1]
         self.conditionals = nn.ModuleDict()
         self.contexts = nn.ModuleDict()
@@ -209,7 +217,11 @@ class _Context(nn.Module):
 
 def _as_example(example: Any) -> tuple[Tensor, ...]:
     batch = (example,) if isinstance(example, Tensor) else tuple(example)
-    return make_example(batch) if isinstance(batch[0], Mapping) else batch
+    if batch and isinstance(batch[0], Mapping):
+        return make_example(batch)
+    if not batch or not all(x.dim() and len(x) and x.isfinite().all() for x in batch):
+        raise ValueError(f"example must be rows of finite data, such as data.train[:2], got {shown(example)}")
+    return batch
 
 
 def stand_in_batch(model: Callable) -> tuple[tuple[Tensor, ...], poutine.Trace]:

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import check_are
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
 from pyrogen.inference.contrasts import (
@@ -101,6 +102,7 @@ class Hybrid(CriticObjective):
             visible_reconstructions=visible_reconstructions,
             visible_samples=visible_samples,
         )
+        check_are(bool, through_guide=through_guide)
         if match not in ("conditional", "marginal"):
             raise ValueError(f"match is 'conditional' or 'marginal', got {match!r}")
         if not any((log_likelihood, reconstruction, latent, visible_reconstructions, visible_samples)):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
+
 __all__ = [
     "EnergyKernel",
     "GaussianKernel",
@@ -23,6 +25,7 @@ Kernel = Callable[[Tensor], Tensor]
 """From points ``(..., N, D)`` to their Gram matrix ``(..., N, N)``."""
 
 
+@checked()
 @dataclass(frozen=True)
 class InverseMultiquadraticKernel:
     r"""The inverse multiquadratic kernel, summed over several widths.
@@ -60,6 +63,7 @@ class InverseMultiquadraticKernel:
         return gram
 
 
+@checked()
 @dataclass(frozen=True)
 class GaussianKernel:
     r"""The Gaussian kernel, of one width.
@@ -86,6 +90,7 @@ class GaussianKernel:
         return torch.exp(-0.5 * (distances / _width(self.bandwidth, distances)).square())
 
 
+@checked()
 @dataclass(frozen=True)
 class LaplacianKernel:
     r"""The Laplacian kernel, of one width.
@@ -130,6 +135,7 @@ class EnergyKernel:
         return -_distances(points)
 
 
+@checked()
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, kernel: Kernel | None = None, *, unbiased: bool = True) -> Tensor:
     r"""The squared maximum mean discrepancy between the laws of two samples.
 

@@ -6,7 +6,6 @@ training. What compares whole distributions is estimated from one batch, so it d
 objectives want batches of a hundred rows and more.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from numbers import Real
@@ -18,6 +17,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
+from pyrogen.arguments import check_are, is_finite
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.draws import draw_only, elements, is_masked
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
@@ -191,6 +191,7 @@ class InfoVAE(Matching):
         observations: int | None = None,
     ) -> None:
         super().__init__(particles, observations=observations)
+        check_are(float, alpha=alpha, weight=weight)
         if alpha + weight - 1 < 0:
             raise ValueError(
                 f"the discrepancy's weight alpha + weight - 1 cannot be negative, got {alpha + weight - 1:g}; "
@@ -211,11 +212,11 @@ class InfoVAE(Matching):
 def check_weights(**weights: float) -> None:
     """Raise a ``ValueError`` for a weight that is negative or not finite, by its name."""
     for name, value in weights.items():
-        if not isinstance(value, Real):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value < 0:
             raise ValueError(f"{name} cannot be negative, got {value}")
-        if not math.isfinite(value):
+        if not is_finite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
 
 

@@ -28,6 +28,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
+from pyrogen.arguments import check_are, check_counts
 from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
 from pyrogen.inference.programs import data_frame, per_row, rehearsal, row_axis, unregistered
@@ -96,8 +97,8 @@ class Objective(pyro.infer.ELBO):
     uses_guide: ClassVar[bool] = True
 
     def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
-        if not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"particles must be a whole number of at least 1, got {particles!r}")
+        check_counts(particles=particles)
+        check_counts(or_none=True, observations=observations)
         super().__init__(num_particles=particles)
         self.particles = particles
         self.observations = observations
@@ -252,6 +253,8 @@ class ELBO(Objective):
         observations: int | None = None,
     ) -> None:
         super().__init__(particles, observations=observations)
+        check_are(float, free_bits=free_bits, beta=0.0 if callable(beta) else beta)
+        check_are(bool, sticking_the_landing=sticking_the_landing)
         if free_bits < 0 or (not callable(beta) and beta < 0):
             raise ValueError(f"beta and free_bits cannot be negative, got beta={beta}, free_bits={free_bits}")
         if free_bits and sticking_the_landing:
@@ -362,6 +365,7 @@ class Renyi(IWAE):
 
     def __init__(self, alpha: float = 0.5, particles: int = 16, *, observations: int | None = None) -> None:
         super().__init__(particles, observations=observations)
+        check_are(float, alpha=alpha)
         if alpha == 1:
             raise ValueError("the Rényi bound of order alpha=1 is the ELBO; use ELBO()")
         self.alpha = alpha

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrogen.arguments import checked
+
 __all__ = [
     "NWJ",
     "Context",
@@ -57,6 +59,7 @@ SOFTNESS = 0.01
 """δ of the soft clamp that keeps probabilities of :class:`LeastSquares` positive."""
 
 
+@checked()
 class Ratio(nn.Module):
     r"""Base of the ratios: what they have in common, given a few functions of the critic's output.
 
@@ -260,6 +263,7 @@ class JensenShannon(Logistic):
         return -self._critic_loss(t1, t0)
 
 
+@checked()
 class DonskerVaradhan(Ratio):
     r"""The Donsker–Varadhan representation of the Kullback–Leibler divergence.
 
@@ -371,6 +375,7 @@ class LeastSquares(Ratio):
         return 1 - 4 * self._critic_loss(t1, t0)
 
 
+@checked()
 class Wasserstein(Ratio):
     r"""The critic of WGAN-GP: a potential whose slope is held at 1 by a gradient penalty.
 

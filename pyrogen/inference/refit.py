@@ -18,6 +18,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pyrogen.arguments import checked
 from pyrogen.data import Data, load
 from pyrogen.distributions.flow import Flow
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
@@ -59,6 +60,7 @@ EXAMPLE = 16
 """Rows on which a model is tried."""
 
 
+@checked(but=("run", "prior"))
 def refit_prior(
     run: Run,
     prior: nn.Module,

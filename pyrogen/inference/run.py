@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from pyrogen.arguments import LARGEST, check_counts, check_positive, checked, is_finite
 from pyrogen.configuration import build, describe
 from pyrogen.data.limits import FREE, check_links
 from pyrogen.inference.allowance import Allowance
@@ -52,13 +52,12 @@ class CriticOptions:
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
-        if rate is not None and not (isinstance(rate, Real) and 0 < rate < math.inf):
-            raise ValueError(f"the critics' learning_rate must be a positive number, got {self.learning_rate!r}")
+        check_positive(or_none=True, **{"the critics' learning_rate": rate})
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+        if self.steps is not None and not (type(self.steps) is int and 1 <= self.steps <= LARGEST):
             raise ValueError(f"critics need at least 1 step for each of the program, got steps={self.steps!r}")
-        if not isinstance(self.warmup, int) or self.warmup < 0:
+        if not (type(self.warmup) is int and 0 <= self.warmup <= LARGEST):
             raise ValueError(f"warmup is a whole number of steps, 0 or more, got {self.warmup!r}")
 
 
@@ -89,23 +88,21 @@ class FitOptions:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"give either epochs or steps, got epochs={self.epochs}, steps={self.steps}")
-        for name in ("epochs", "steps", "batch_size", "validate_every", "patience", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_counts(or_none=True, epochs=self.epochs, steps=self.steps, patience=self.patience)
+        check_counts(
+            batch_size=self.batch_size, validate_every=self.validate_every, checkpoint_every=self.checkpoint_every
+        )
         loaders = self.loader_workers
-        if not isinstance(loaders, int) or isinstance(loaders, bool) or loaders < 0:
+        if not (type(loaders) is int and 0 <= loaders <= LARGEST):
             raise ValueError(f"loader_workers is how many processes read data, 0 for none besides, got {loaders!r}")
         if self.matmul_precision not in ("highest", "high", "medium"):
             raise ValueError(f"matmul_precision is 'highest', 'high' or 'medium', got {self.matmul_precision!r}")
         if self.non_finite not in ("stop", "skip"):
             raise ValueError(f"non_finite is 'stop' or 'skip', got {self.non_finite!r}")
-        for name in ("learning_rate", "gradient_clip"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        check_positive(learning_rate=self.learning_rate)
+        check_positive(or_none=True, gradient_clip=self.gradient_clip)
+        if type(self.seed) is not int or abs(self.seed) >= 2**63:
+            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed!r}")
         for name in ("device", "precision"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")
@@ -116,7 +113,7 @@ class FitOptions:
             )
         if not isinstance(self.critic, CriticOptions):
             raise ValueError(f"critic is CriticOptions(...), how critics are trained, got {self.critic!r}")
-        if self.average is not None and not 0 < self.average < 1:
+        if self.average is not None and not (is_finite(self.average) and 0 < self.average < 1):
             raise ValueError(f"average is the decay of averaged weights, between 0 and 1, got {self.average!r}")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"compile is True, False or 'auto', got {self.compile!r}")
@@ -234,6 +231,7 @@ def _yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+@checked()
 def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a run: ``weights.safetensors``, ``run.yaml`` and ``history.csv``.
 
@@ -291,6 +289,7 @@ def write_run(run: Run, folder: Path, then: Callable[[], Any] = lambda: None) ->
             temporary.write_bytes(text.encode())
 
 
+@checked()
 def load(
     folder: str | Path,
     *,

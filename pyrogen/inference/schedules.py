@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+from pyrogen.arguments import checked
+
 __all__ = ["CyclicalSchedule", "LinearSchedule"]
 
 
+@checked()
 @dataclass(frozen=True)
 class LinearSchedule:
     """From ``start`` to ``end`` in equal steps over the first ``steps`` steps, then ``end``.
@@ -25,6 +28,7 @@ class LinearSchedule:
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 
 
+@checked()
 @dataclass(frozen=True)
 class CyclicalSchedule:
     """Rises from ``start`` to ``end`` again and again: a cycle of ``steps`` steps, of which a share ``rising`` rises.

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.inference.ratios import Context, Logistic, at_least_single, detached_sides, need_pairs, trailing
 from pyrogen.networks import Critic
 
 __all__ = ["Telescoping"]
 
 
+@checked()
 class Telescoping(Logistic):
     r"""A log ratio as a sum of M log ratios between neighbours on a path from the numerator to the denominator.
 

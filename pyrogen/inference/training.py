@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyrogen.arguments import check_are
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
@@ -178,8 +179,9 @@ def fit(
             f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
             "pyro.infer.SVI"
         )
-    if resume not in (True, False, "anyway"):
-        raise ValueError(f"resume is True, False or 'anyway', got {resume!r}")
+    check_are(Callable, model=model, guide=model if guide is None else guide)
+    check_are(bool, progress=progress, overwrite=overwrite)
+    check_are(bool | Literal["anyway"], resume=resume)
     fabric = connect(device, precision, None if out is None else Path(out))
     processes = Processes(fabric)
     folder = None if out is None else Path(out)

@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.inference.programs import modules_of, unregistered
 from pyrogen.models.latent import LatentVariableModel
 
@@ -18,6 +19,7 @@ SECOND = "u"
 """The name of the second stage's latent site."""
 
 
+@checked()
 class WithPrior(nn.Module):
     r"""A model with another prior at one of its latent sites.
 
@@ -88,6 +90,7 @@ class _Placed(Messenger):
         msg["fn"] = p.expand(batch)
 
 
+@checked()
 class TwoStageGuide(nn.Module):
     r"""The guide of a model of two stages, :class:`WithPrior` with a ``LatentVariableModel`` for a prior.
 

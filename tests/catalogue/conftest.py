@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyrogen.inference import NonFiniteLoss
+
 LONG, SNOW = "x" * 5000, "ü☃"
 SECONDS = 15
 """The longest that a call with a wrong input may take."""
@@ -127,6 +129,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "a module": nn.ReLU(),
     },
 }
+WRONG["rows"] = {key: value for key, value in WRONG["tensor"].items() if key not in ("a class", "a module")}
 """What no argument of a kind may be, by a name for each."""
 
 KINDS: dict[str, str] = {
@@ -168,7 +171,8 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(("hidden", "channels"), "sizes"),
     **dict.fromkeys(("features", "inputs", "outputs", "event_shape", "shape"), "shape"),
     **dict.fromkeys(("held", "quantities", "dims", "coords"), "mapping"),
-    **dict.fromkeys(("x", "y", "data", "training", "held_out", "test", "means", "numerator", "denominator"), "tensor"),
+    "values": "choice",
+    **dict.fromkeys(("data", "training", "held_out"), "tensor"),
 }
 """The kind of an argument by its name, unless it is a tensor or a call says otherwise."""
 
@@ -198,6 +202,9 @@ ALSO: dict[str, tuple[str, ...]] = {
     "y": ("sample",),
     "example": ("input",),
     "labels": ("rows", "takes no"),
+    "visible_ratio": ("ratio",),
+    "order": ("projections",),
+    "folder": ("file name too long", "there is no"),
     "classifier": ("probabilities",),
     "training": ("tensor",),
     "held_out": ("held-out", "tensor"),
@@ -259,7 +266,7 @@ def _wrong(
     parameters = inspect.signature(function).parameters
     for name, value in arguments.items():
         is_tensor = isinstance(value, Tensor)
-        kind = kinds.get(name, "tensor" if is_tensor else KINDS[name])
+        kind = kinds.get(name) or ("tensor" if is_tensor else KINDS[name])
         fine = right.get(name, ())
         for what, given in (WRONG[kind] | (_tensors(value) if is_tensor else {})).items():
             if what != "None" or not ("None" in fine or parameters[name].default is None):
@@ -291,7 +298,7 @@ def _unclean(error: BaseException, words: Sequence[str]) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(str(error).lower().split())
     clean = isinstance(error, (ValueError, TypeError, OSError)) and not isinstance(error, TimeoutError)
-    if not clean and type(error) is not ArithmeticError:
+    if not clean and type(error) not in (ArithmeticError, NonFiniteLoss):
         return f"{type(error).__name__} from {Path(last.filename).name}:{last.lineno}: {said[:150]}"
     if "site-packages" in last.filename:
         return f"from {last.filename.removeprefix(PACKAGE)}:{last.lineno}: {said[:150]}"
