@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
+
 __all__ = ["Binarization", "Data", "Values", "as_float"]
 
 Values = Literal["binary", "unit interval", "levels", "real"]
@@ -49,6 +51,7 @@ def as_float(x: Tensor) -> Tensor:
     )
 
 
+@checked(but=("values", "binarize"))
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """Three splits of a data set, kept as compactly as the source is, and what their values are.
@@ -107,9 +110,9 @@ class Data:
 
     def _check_split(self, split: str) -> None:
         rows, labels = getattr(self, split), getattr(self, f"{split}_labels")
-        as_float(rows[:0])  # refuses types whose meaning is not defined
         if rows.ndim == 0 or len(rows) == 0:
             raise ValueError(f"{self.name}: expected at least one row in {split}, got shape {tuple(rows.shape)}")
+        as_float(rows[:0])  # refuses types whose meaning is not defined
         if rows.shape[1:] != self.train.shape[1:]:
             raise ValueError(
                 f"{self.name}: expected all splits to have the event shape of train, {self.event_shape}, "

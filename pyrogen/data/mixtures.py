@@ -9,11 +9,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
+
 __all__ = ["GaussianMixture2d", "grid", "ring"]
 
 _HIGH_QUALITY = 3.0  # standard deviations
 
 
+@checked()
 @dataclass(frozen=True, eq=False)
 class GaussianMixture2d:
     """An even mixture of round Gaussians of one width in the plane.
@@ -44,6 +47,8 @@ class GaussianMixture2d:
     def __post_init__(self) -> None:
         if self.means.ndim != 2 or self.means.shape[0] == 0 or self.means.shape[1] != 2:
             raise ValueError(f"expected means of shape (modes, 2), got {tuple(self.means.shape)}")
+        if not self.means.isfinite().all():
+            raise ValueError("expected finite means, got NaN or infinity")
         if not self.scale > 0:
             raise ValueError(f"expected scale, a standard deviation, to be positive, got {self.scale}")
         if self.observations < 1:
@@ -127,6 +132,7 @@ class GaussianMixture2d:
         return mode, nearest < _HIGH_QUALITY * self.scale
 
 
+@checked()
 def ring(modes: int = 8, *, radius: float = 1.0, scale: float = 0.01) -> GaussianMixture2d:
     r"""Gaussians evenly on a circle; by default PacGAN's 2D-ring.
 
@@ -151,6 +157,7 @@ def ring(modes: int = 8, *, radius: float = 1.0, scale: float = 0.01) -> Gaussia
     return GaussianMixture2d(means.float(), scale)
 
 
+@checked()
 def grid(side: int = 5, *, spacing: float = 2.0, scale: float = 0.05) -> GaussianMixture2d:
     """Gaussians on a square grid around the origin; by default PacGAN's 2D-grid, {-4, -2, 0, 2, 4}².
 

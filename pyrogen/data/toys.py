@@ -9,11 +9,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.data.dataset import as_float
 
 __all__ = ["EightSchools", "EightSchoolsPosterior", "FourPoints", "LinearGaussian"]
 
 
+@checked()
 @dataclass(frozen=True, eq=False)
 class LinearGaussian:
     r"""A linear Gaussian model, whose posterior and evidence are Gaussian.
@@ -192,6 +194,7 @@ class EightSchools:
         )
 
 
+@checked()
 @dataclass(frozen=True, eq=False)
 class FourPoints:
     r"""Four one-hot images of 2×2 pixels; no model can do better than :math:`-\log 4` nats on average.

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
