@@ -9,8 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.likelihood import error_and_size
-from pyrogen.evaluation.running import ROWS, Prepared, check_counts, groups, parts, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, groups, parts, prepared
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.programs import per_row, repeat, row_axis, sample_sites
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
@@ -97,6 +98,7 @@ class BidirectionalMonteCarlo:
         )
 
 
+@checked()
 def annealing(
     model: Callable,
     x: Tensor | Sequence[Tensor],
@@ -177,6 +179,7 @@ def annealing(
         return AnnealedImportanceSampling(value, error, size, acceptance, chains, steps)
 
 
+@checked()
 def annealed_importance_sampling(
     model: Callable,
     x: Tensor | Sequence[Tensor],
@@ -204,6 +207,7 @@ def annealed_importance_sampling(
     ).log_likelihood
 
 
+@checked()
 def bidirectional_monte_carlo(
     model: Callable,
     x: Tensor | Sequence[Tensor],

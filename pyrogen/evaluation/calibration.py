@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrogen.evaluation.running import check_counts
+from pyrogen.arguments import check_counts, check_positive, checked, shown
 from pyrogen.inference.ratios import OwnRatio, Ratio
 from pyrogen.inference.turns import seeded
 
@@ -93,6 +93,7 @@ class RatioCalibration:
         return "\n".join([*lines, f"within {100 * TOLERANCE:.0f} % up to an estimate of {self.trusted:.2f} nats"])
 
 
+@checked()
 def fit_ratio(
     ratio: Ratio,
     numerator: Sampler | Tensor,
@@ -115,7 +116,9 @@ def fit_ratio(
         judged_by: Other samples of both sides. The ratio is left as it was when its loss on these was least, of 10
             times at which it is asked and of its start.
     """
-    draw_u, draw_v = _sampler(numerator), _sampler(denominator)
+    check_counts(steps=steps, batch_size=batch_size)
+    check_positive(learning_rate=learning_rate)
+    draw_u, draw_v = _sampler("numerator", numerator, ratio), _sampler("denominator", denominator, ratio)
     optimizer = torch.optim.Adam(ratio.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best = _Best(ratio, judged_by)
@@ -153,12 +156,16 @@ class _Best:
             self.ratio.load_state_dict(self.weights)
 
 
-def _sampler(samples: Sampler | Tensor) -> Sampler:
+def _sampler(name: str, samples: Sampler | Tensor, ratio: Ratio) -> Sampler:
     if not isinstance(samples, Tensor):
         return samples
+    dtype = next((parameter.dtype for parameter in ratio.parameters()), samples.dtype)
+    if samples.dim() == 0 or not samples.numel() or samples.dtype != dtype or not samples.isfinite().all():
+        raise ValueError(f"{name} must be rows of finite numbers, {dtype} as the ratio's, got {shown(samples)}")
     return lambda n: samples[torch.randint(len(samples), (n,), device=samples.device)]
 
 
+@checked()
 def calibrate_ratio(
     ratio: Callable[[int], Ratio],
     *,
@@ -201,6 +208,7 @@ def calibrate_ratio(
         >>> bool(abs(calibration.estimated[1] - 1.0) < 0.25)
         True
     """
+    check_positive(learning_rate=learning_rate)
     _check(ratio, features, samples, steps, batch_size, divergences)
     estimated = []
     for divergence in divergences:
@@ -253,7 +261,8 @@ def _check(
 ) -> None:
     if isinstance(ratio, torch.nn.Module) or not callable(ratio):
         raise TypeError(f"expected a function from the number of features to a new ratio, got {ratio!r}")
-    check_counts(features=features, samples=samples, steps=steps, batch_size=batch_size)
+    check_counts(features=features, steps=steps, batch_size=batch_size)
+    check_counts(or_none=True, samples=samples)
     pairs = itertools.pairwise(divergences)
     if not divergences or divergences[0] <= 0 or any(after <= before for before, after in pairs):
         raise ValueError(f"divergences must be above 0 and rise, in nats, got {tuple(divergences)}")

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.data import as_float
 from pyrogen.evaluation.errors import standard_error
 from pyrogen.evaluation.features import ROWS, check_sides, class_labels, prepared_batches
-from pyrogen.evaluation.running import check_counts
 from pyrogen.inference.turns import seeded
 
 __all__ = ["Diversity", "diversity"]
@@ -56,6 +56,7 @@ class Diversity:
         )
 
 
+@checked()
 def diversity(
     samples: Tensor,
     labels: Callable | Tensor,

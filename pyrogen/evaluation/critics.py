@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.contrasts import LatentContrast, SiteContrast
 from pyrogen.inference.draws import Draws
@@ -32,6 +33,7 @@ class CriticEstimates:
     marginal_kl_estimate: float = math.nan
 
 
+@checked()
 def critic_estimates(
     run: Run, x: Tensor | Sequence[Tensor], *, particles: int = PARTICLES, seed: int = 0, rows: int = ROWS
 ) -> CriticEstimates:
@@ -68,6 +70,7 @@ def critic_estimates(
         >>> math.isnan(found.rate_estimate), math.isnan(found.marginal_kl_estimate)
         (False, True)
     """
+    check_counts(particles=particles, rows=rows)
     critics = run.objective.critics
     sites = {name: part for name, part in critics.items() if isinstance(part, SiteContrast)}
     latent = next((part for part in critics.values() if isinstance(part, LatentContrast)), None)

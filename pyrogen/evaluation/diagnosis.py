@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.data import Data, load
 from pyrogen.evaluation.findings import CHECKS, ORDER, Finding
-from pyrogen.evaluation.running import ROWS, check_counts, prepared
+from pyrogen.evaluation.running import ROWS, prepared
 from pyrogen.evaluation.symptoms import Patient
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.run import Run
@@ -47,6 +48,7 @@ class Diagnosis:
         return "\n".join([*lines, *(f"not looked for: {name} ({why})" for name, why in self.unchecked.items())])
 
 
+@checked(but=("data",))
 def diagnose(
     run: Run,
     data: Data | Tensor | Sequence[Tensor] | Dataset | None = None,

@@ -9,11 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.aggregate import Aggregate, Values, aggregated
 from pyrogen.evaluation.errors import check_not_negative, standard_error
 from pyrogen.evaluation.held_out import STEPS, HeldOutEstimate
 from pyrogen.evaluation.held_out_dimensions import held_out_total_correlation_estimate
-from pyrogen.evaluation.running import ROWS, check_counts
+from pyrogen.evaluation.running import ROWS
 from pyrogen.evaluation.single_values import neighbour_log_density, unconstrained
 
 __all__ = ["TotalCorrelation", "total_correlation"]
@@ -80,6 +81,7 @@ class TotalCorrelation:
         )
 
 
+@checked()
 def total_correlation(
     model: Callable,
     guide: Callable,

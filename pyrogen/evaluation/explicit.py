@@ -9,8 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions import MultivariateNormal, Normal, Vamp
-from pyrogen.evaluation.running import ROWS, Prepared, check_counts, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.programs import evaluation_mode, global_draws, modules_of, unregistered
 from pyrogen.inference.terms import compare_sites, nothing, trace_programs
@@ -50,6 +51,7 @@ class Proposal(nn.Module):
         return self.normal(context)
 
 
+@checked()
 def explicit_guide(
     model: Callable,
     guide: Callable,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrogen.arguments import as_device, check_counts, check_positive, checked
 from pyrogen.data import as_float
-from pyrogen.evaluation.running import check_counts
 from pyrogen.inference.checks import first_parameter
 from pyrogen.inference.programs import evaluation_mode
 from pyrogen.inference.turns import seeded
@@ -46,6 +46,7 @@ TOLERANCE = 1e-3
 """By how much the probabilities of one image may fail to sum to 1."""
 
 
+@checked()
 class FeatureClassifier(nn.Module):
     r"""A small classifier whose last hidden layer gives features.
 
@@ -130,6 +131,7 @@ def _convolutions(channels: int, height: int, width: int) -> tuple[list[nn.Modul
     return layers, channels * height * width
 
 
+@checked()
 def feature_classifier(
     x: Tensor,
     labels: Tensor,
@@ -174,9 +176,11 @@ def feature_classifier(
         >>> classifier.accuracy > 0.9, classifier.held_out
         (True, 143)
     """
-    check_counts(epochs=epochs, batch_size=batch_size, features=features)
+    check_counts(batch_size=batch_size, features=features)
+    check_counts(or_none=True, epochs=epochs)
+    check_positive(learning_rate=learning_rate)
     _check_labelled(x, labels, "x")
-    device = torch.device(device) if device is not None else x.device
+    device = as_device(device) if device is not None else x.device
     with seeded(seed, device):
         if held_out is None:
             if len(x) < 2:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrogen.arguments import check_counts, check_positive, checked
 from pyrogen.evaluation.likelihood import checked_weights
-from pyrogen.evaluation.running import ROWS, Prepared, check_counts, pair_passes, parts, prepared
+from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, parts, prepared
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.terms import run_programs
 from pyrogen.inference.turns import seeded
@@ -50,6 +51,7 @@ class InferenceGap:
         )
 
 
+@checked(but=("guide",))
 def inference_gap(
     model: Callable,
     guide: AmortizedGuide,
@@ -104,6 +106,7 @@ def inference_gap(
     if not isinstance(guide, AmortizedGuide):
         raise TypeError(f"expected an AmortizedGuide, whose encoder can be set aside, got a {type(guide).__name__}")
     check_counts(steps=steps, gradient_particles=gradient_particles)
+    check_positive(learning_rate=learning_rate)
     with prepared(model, guide, x, seed=seed, particles=particles, rows=rows) as pair:
         pair.need_density("an inference gap")
         if pair.has_global:

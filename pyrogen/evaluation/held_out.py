@@ -10,6 +10,7 @@ import torch
 from pyro.distributions.transforms import biject_to
 from torch import Tensor, nn
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.calibration import TOLERANCE, RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, passes, prepared
@@ -96,6 +97,7 @@ def _tenths(value: float) -> str:
     return f"{round(value, 1) + 0.0:.1f}"  # + 0.0, for a zero without a sign
 
 
+@checked()
 def held_out_rate_estimate(
     model: Callable,
     guide: Callable,
@@ -162,6 +164,7 @@ def held_out_rate_estimate(
         return HeldOutEstimate(known, learned, calibrations, len(pair.batch[0]))
 
 
+@checked()
 def held_out_marginal_kl_estimate(
     model: Callable,
     guide: Callable,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.calibration import RatioCalibration, fit_ratio
 from pyrogen.evaluation.held_out import (
@@ -64,6 +65,7 @@ class HeldOutDimensions:
         return f"estimates of the marginal KL of each value, nats: {sites}; {self.observations} observations"
 
 
+@checked()
 def held_out_dimension_kl_estimate(
     model: Callable,
     guide: Callable,
@@ -127,6 +129,7 @@ def held_out_dimension_kl_estimate(
         return HeldOutDimensions(dimensions, calibration, quarter(pair))
 
 
+@checked()
 def held_out_total_correlation_estimate(
     model: Callable,
     guide: Callable,

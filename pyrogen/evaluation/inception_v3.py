@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import inception_v3
 
+from pyrogen.arguments import checked
 from pyrogen.data import as_float
 
 __all__ = ["FidelityInception", "Inception", "inception"]
@@ -117,6 +118,7 @@ class FidelityInception(nn.Module):
         return self.logits(x).softmax(-1)
 
 
+@checked()
 def inception(
     weights: str | os.PathLike[str] | None = None,
     *,

@@ -11,10 +11,11 @@ import xarray
 from pyro import poutine
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.frames import Frame, Variables, arviz_major, assemble, datasets_of
 from pyrogen.evaluation.posterior_groups import BY_ROW, Posterior, stores
 from pyrogen.evaluation.reference import ReferencePosterior
-from pyrogen.evaluation.running import ROWS, by_row, check_counts, passes, prepared
+from pyrogen.evaluation.running import ROWS, by_row, passes, prepared
 from pyrogen.inference.programs import sample_sites
 from pyrogen.inference.run import Run
 
@@ -23,6 +24,7 @@ __all__ = ["assemble", "reference_posterior", "to_arviz"]
 Groups: TypeAlias = dict[str, xarray.Dataset]
 
 
+@checked()
 def to_arviz(
     run: Run,
     x: Tensor | Sequence[Tensor],
@@ -33,8 +35,8 @@ def to_arviz(
     predictive_draws: int = 25,
     particles: int = 32,
     reference: ReferencePosterior | None = None,
-    dims: Mapping[str, Sequence[str]] | None = None,
-    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str] | str] | None = None,
+    coords: Mapping[str, Any] | None = None,
     seed: int = 0,
     rows: int = ROWS,
 ) -> Any:
@@ -157,6 +159,7 @@ def to_arviz(
     return assemble(filled, major=arviz_major())
 
 
+@checked()
 def reference_posterior(tree: Any) -> Any:
     """A tree whose posterior is the reference, to be shown beside the guide's.
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.running import ROWS, Prepared, groups, pair_passes, parts, prepared
 from pyrogen.inference.terms import Terms, run_programs
 from pyrogen.inference.tracing import Traced
@@ -49,6 +50,7 @@ class ImportanceSampling:
         )
 
 
+@checked(but=("x",))
 def importance_sampling(
     model: Callable,
     guide: Callable | None,
@@ -108,6 +110,7 @@ def importance_sampling(
         return _accumulate(pair, particles, rows, Traced(model, guide, compile=compile and not pair.has_global))
 
 
+@checked(but=("x",))
 def log_likelihood(
     model: Callable,
     guide: Callable | None,
@@ -138,6 +141,7 @@ def log_likelihood(
     return found.log_likelihood
 
 
+@checked()
 def bits_per_dimension(
     log_likelihood: Tensor, event_shape: int | Sequence[int], *, levels: int | None = None
 ) -> Tensor:
@@ -161,6 +165,8 @@ def bits_per_dimension(
         >>> bits_per_dimension(torch.tensor(0.0), (3, 32, 32), levels=256)
         tensor(8.)
     """
+    if not log_likelihood.is_floating_point():
+        raise ValueError(f"expected log_likelihood in nats, floating numbers, got {log_likelihood.dtype}")
     size = math.prod(as_shape(event_shape))
     if levels is not None and levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels}")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.aggregate import aggregated
 from pyrogen.evaluation.errors import check_not_negative, standard_error
-from pyrogen.evaluation.running import ROWS, check_counts
+from pyrogen.evaluation.running import ROWS
 
 __all__ = ["MarginalKL", "marginal_kl", "mutual_information"]
 
@@ -50,6 +51,7 @@ class MarginalKL:
         )
 
 
+@checked()
 def marginal_kl(
     model: Callable,
     guide: Callable,
@@ -131,6 +133,7 @@ def marginal_kl(
     return found
 
 
+@checked()
 def mutual_information(
     model: Callable,
     guide: Callable,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.data import GaussianMixture2d
 from pyrogen.evaluation.features import ROWS, check_sides, class_probabilities, features_of
 
@@ -47,6 +48,7 @@ class ModeCoverage:
         )
 
 
+@checked()
 def mode_coverage(samples: Tensor, modes: GaussianMixture2d | Callable, *, rows: int = ROWS) -> ModeCoverage:
     r"""Count the modes that samples cover, and compare how often each comes with what would be even.
 

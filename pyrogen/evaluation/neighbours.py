@@ -9,9 +9,10 @@ from scipy.stats import mannwhitneyu
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.errors import share_error, shuffle, with_error
 from pyrogen.evaluation.features import ROWS, features_of
-from pyrogen.evaluation.running import check_counts, parts
+from pyrogen.evaluation.running import parts
 
 __all__ = [
     "DataCopying",
@@ -130,6 +131,7 @@ class DataCopying:
         )
 
 
+@checked()
 def precision_recall(
     samples: Tensor,
     data: Tensor,
@@ -187,7 +189,8 @@ def precision_recall(
         >>> abs(found.density - 1) < 0.1, abs(found.coverage - 31 / 32) < 0.03
         (True, True)
     """
-    check_counts(neighbours=neighbours, density_neighbours=density_neighbours, splits=splits)
+    check_counts(neighbours=neighbours, density_neighbours=density_neighbours)
+    check_counts(or_none=True, splits=splits)
     u, v = features_of(features, rows=rows, samples=samples, data=data)
     most = max(neighbours, density_neighbours)
     if min(len(u), len(v)) <= most:
@@ -201,6 +204,7 @@ def precision_recall(
     return PrecisionRecall(precision, recall, density, coverage, *errors, *sizes)
 
 
+@checked()
 def nearest_neighbours(
     samples: Tensor,
     training: Tensor,
@@ -235,6 +239,7 @@ def nearest_neighbours(
     return _nearest(u, v, count)
 
 
+@checked()
 def data_copying(
     samples: Tensor,
     training: Tensor,

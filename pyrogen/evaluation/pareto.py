@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import LARGEST, checked
 from pyrogen.evaluation.frames import arviz_major, import_arviz
 from pyrogen.evaluation.likelihood import checked_weights
 from pyrogen.evaluation.running import ROWS, pair_passes, prepared
@@ -53,6 +54,7 @@ class ParetoDiagnostic:
         )
 
 
+@checked(but=("draws",))
 def pareto_diagnostic(
     model: Callable,
     guide: Callable,
@@ -102,7 +104,7 @@ def pareto_diagnostic(
         >>> pareto_diagnostic(toy.model, guide, toy.x[:5]).pareto_k.shape
         torch.Size([5])
     """
-    if not isinstance(draws, int) or draws < FEWEST_DRAWS:
+    if not isinstance(draws, int) or not FEWEST_DRAWS <= draws <= LARGEST:
         raise ValueError(f"Pareto k needs a whole number of at least {FEWEST_DRAWS} draws, got {draws!r}")
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
         pair.need_density("Pareto k")
@@ -121,6 +123,7 @@ def pareto_diagnostic(
     return ParetoDiagnostic(shapes.to(like.dtype).to(like.device), draws)
 
 
+@checked(but=("draws",))
 def pareto_k(
     model: Callable,
     guide: Callable,

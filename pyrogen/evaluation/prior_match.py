@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.aggregate import aggregated
 from pyrogen.evaluation.errors import share_error
-from pyrogen.evaluation.running import ROWS, check_counts
+from pyrogen.evaluation.running import ROWS
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel
 
 __all__ = ["MeanDiscrepancy", "PriorHoles", "mmd", "prior_holes"]
@@ -47,6 +48,7 @@ class PriorHoles:
         )
 
 
+@checked()
 def prior_holes(
     model: Callable,
     guide: Callable,
@@ -175,6 +177,7 @@ class MeanDiscrepancy:
         )
 
 
+@checked()
 def mmd(
     model: Callable,
     guide: Callable,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.running import ROWS, pair_passes, prepared
 
 __all__ = ["RateDistortion", "rate_distortion"]
@@ -39,6 +40,7 @@ class RateDistortion:
         )
 
 
+@checked()
 def rate_distortion(
     model: Callable,
     guide: Callable | None,

@@ -16,9 +16,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.evaluation.frames import arviz_major, import_arviz
-from pyrogen.evaluation.running import Prepared, check_counts, prepared
+from pyrogen.evaluation.running import Prepared, prepared
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.programs import data_frame, per_row, sample_sites, unregistered
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
@@ -111,6 +112,7 @@ class ReferencePosterior:
         )
 
 
+@checked()
 def nuts(
     model: Callable,
     guide: Callable | None,

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrogen.arguments import check_are, check_counts
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.batches import Batches, as_batch, check_data
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
@@ -38,7 +39,6 @@ __all__ = [
     "ROWS",
     "Prepared",
     "by_row",
-    "check_counts",
     "groups",
     "means",
     "pair_passes",
@@ -196,9 +196,7 @@ def prepared(
         ValueError: If x is empty, not finite or not what the model observes; if model and guide do not fit, or there
             is no guide and ``guided`` asks for one; if ``particles`` or ``rows`` is below 1.
     """
-    for name, value in (("particles or draws", particles), ("rows", rows)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"the number of {name} must be a whole number of at least 1, got {value!r}")
+    check_counts(or_none=False, **{"the number of particles or draws": particles, "the number of rows": rows})
     with turn():
         _check_weights(model, guide)
         batch = _placed(x, first_parameter(model, guide))
@@ -221,13 +219,6 @@ def prepared(
             seeded(seed, batch[0].device),
         ):
             yield _prepare(model, guide, batch, first)
-
-
-def check_counts(**numbers: int | None) -> None:
-    """Raise a ``ValueError`` for a number that is no whole one of at least 1, by its name."""
-    for name, value in numbers.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _check_weights(*programs: Callable | None) -> None:
@@ -295,6 +286,7 @@ def _placed(x: Tensor | Sequence[Tensor], parameter: Tensor | None) -> tuple[Ten
             f"expected x as a tensor (B, *event_shape) or a tuple of tensors, got {type(x).__name__}; of what "
             "pyrogen.data.load returns pass a split, such as data.test"
         )
+    check_are(tuple[Tensor, ...], x=(x,) if isinstance(x, Tensor) else x)
     if parameter is None:
         return as_batch(x)
     batch = as_batch(x, parameter.device)

@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.running import ROWS, Prepared, by_row, means, pair_passes, passes, prepared
 from pyrogen.inference.programs import data_frame, make_example, observed_sites, sample_sites
@@ -15,6 +16,7 @@ from pyrogen.inference.run import Run
 __all__ = ["posterior_samples", "prior_samples", "reconstruct", "sample"]
 
 
+@checked()
 def posterior_samples(
     model: Callable,
     guide: Callable,
@@ -54,6 +56,7 @@ def posterior_samples(
         return _gather(found, [*pair.latents])
 
 
+@checked()
 def prior_samples(
     model: Callable,
     x: Tensor | Sequence[Tensor],
@@ -93,6 +96,7 @@ def prior_samples(
         return _gather(found, [*pair.latents, *pair.observed])
 
 
+@checked()
 def reconstruct(
     model: Callable,
     guide: Callable,
@@ -139,6 +143,7 @@ def reconstruct(
         return _single({name: torch.cat(pieces) for name, pieces in parts.items()})
 
 
+@checked()
 def sample(
     run: Run,
     n: int = 64,

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.running import ROWS, Prepared
 from pyrogen.evaluation.simulations import Simulated, guide_draws, simulate, simulating
 from pyrogen.evaluation.uniform_ranks import LEVEL, Ranking, UniformRanks, counts_below
@@ -117,6 +118,7 @@ class SimulationBasedCalibration:
         )
 
 
+@checked(but=("simulations", "draws"))
 def simulation_based_calibration(
     model: Callable,
     guide: Callable,

@@ -10,7 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrogen.evaluation.running import Prepared, by_row, check_counts, parts, passes, prepared
+from pyrogen.arguments import check_counts
+from pyrogen.evaluation.running import Prepared, by_row, parts, passes, prepared
 from pyrogen.inference.draws import is_masked
 from pyrogen.inference.programs import row_axis, sample_sites
 from pyrogen.inference.turns import seeded

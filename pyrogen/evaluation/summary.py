@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.data import Data
 from pyrogen.evaluation.features import features_of
 from pyrogen.evaluation.parts import DEFAULT, PARTS, Subject, known_parts
@@ -311,6 +312,7 @@ _SHOWN: dict[str, tuple[_Line, ...]] = {
 """What is printed of each part."""
 
 
+@checked(but=("x",))
 def evaluate(
     run: Run,
     x: Data | Tensor | Sequence[Tensor],

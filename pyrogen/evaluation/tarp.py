@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.running import ROWS, Prepared
 from pyrogen.evaluation.simulations import Simulated, guide_draws, simulate, simulating
 from pyrogen.evaluation.uniform_ranks import Ranking, UniformRanks, counts_below
@@ -66,6 +67,7 @@ class TARP:
         )
 
 
+@checked(but=("simulations", "draws"))
 def tarp(
     model: Callable,
     guide: Callable,

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyrogen.evaluation.running import check_counts
+from pyrogen.arguments import check_are, check_counts, checked
 
 __all__ = ["C2ST", "c2st", "sliced_wasserstein"]
 
@@ -50,6 +50,7 @@ class C2ST:
         )
 
 
+@checked(but=("first", "second"))
 def c2st(first: Draws, second: Draws, *, folds: int = 5, classifier: Any = None, seed: int = 0) -> C2ST:
     r"""Train classifiers to tell two sets of draws, and judge them by draws that they have not seen.
 
@@ -152,6 +153,7 @@ def _standardised(u: Tensor, v: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return first.float().numpy(), second.float().numpy()
 
 
+@checked(but=("first", "second"))
 def sliced_wasserstein(first: Draws, second: Draws, *, order: int = 2, projections: int = 500, seed: int = 0) -> float:
     r"""The Wasserstein distance of two sets of draws along random lines, in the units of the draws.
 
@@ -206,7 +208,8 @@ def _points(first: Draws, second: Draws) -> tuple[Tensor, Tensor]:
     for which, draws in zip(("first", "second"), sets, strict=True):
         for name, value in draws.items():
             place = f"of the {which} set" + (f" at site '{name}'" if name else "")
-            if value.dim() == 0 or value.numel() == 0 or value.is_complex():
+            check_are(Tensor, **{f"the draws {place}": value})
+            if value.dim() == 0 or value.numel() == 0:
                 raise ValueError(f"expected draws (N, *shape) {place}, got shape {tuple(value.shape)}, {value.dtype}")
             if value.shape[1:] != sets[0][name].shape[1:]:
                 came, expected = tuple(value.shape[1:]), tuple(sets[0][name].shape[1:])

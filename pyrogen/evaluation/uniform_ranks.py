@@ -8,6 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from pyrogen.arguments import check_counts, checked
+
 __all__ = ["LEVEL", "Ranking", "UniformRanks", "counts_below", "ecdf_band"]
 
 LEVEL = 0.05
@@ -37,6 +39,7 @@ class Ranking:
         return (self.less + ties.long()).cpu()
 
 
+@checked()
 def ecdf_band(simulations: int, draws: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
     """Where the distribution function of uniform ranks stays, as a whole, with this probability or a little more.
 
@@ -49,6 +52,9 @@ def ecdf_band(simulations: int, draws: int, level: float = 0.95) -> tuple[Tensor
         >>> [round(float(share), 2) for share in lower], [round(float(share), 2) for share in upper]
         ([0.15, 0.39, 0.65], [0.35, 0.61, 0.85])
     """
+    check_counts(simulations=simulations, draws=draws)
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}")
     uniform = UniformRanks(simulations, draws)
     tails = np.unique(uniform.log_tails)
     count = bisect_right(tails, -level, key=lambda tail: -uniform.inside(tail))

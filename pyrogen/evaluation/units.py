@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.evaluation.running import ROWS, passes, prepared
 from pyrogen.inference.units import INACTIVE, unit_variances
 
@@ -48,6 +49,7 @@ class ActiveUnits:
         return f"{self.count} of {self.total} units are active ({sites or 'no per-observation latent site'})"
 
 
+@checked()
 def active_units(
     model: Callable,
     guide: Callable | None,

@@ -14,9 +14,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore as InceptionScoreMetric
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.errors import shuffle, with_error
 from pyrogen.evaluation.features import ROWS, class_probabilities, features_of
-from pyrogen.evaluation.running import check_counts
 from pyrogen.inference.turns import seeded
 
 __all__ = [
@@ -128,6 +128,7 @@ class KernelDistance:
         )
 
 
+@checked()
 def inception_score(
     samples: Tensor,
     classifier: Callable | Tensor,
@@ -179,6 +180,7 @@ def inception_score(
     return InceptionScore(float(score), float(deviation), len(logits), splits, logits.shape[1])
 
 
+@checked(but=("groups",))
 def frechet_distance(
     samples: Tensor, data: Tensor, features: Callable | None, *, groups: int | None = None, rows: int = ROWS
 ) -> FrechetDistance:
@@ -215,7 +217,7 @@ def frechet_distance(
         >>> print(frechet_distance(other + torch.tensor([30.0, 0.0, 0.0, 0.0]), data, None))  # 30² = 900
         Fréchet distance 897... ± 1.6... (2000 samples, 2000 observations, 4 features)
     """
-    check_counts(groups=groups)
+    check_counts(or_none=True, groups=groups)
     u, v = features_of(features, rows=rows, samples=samples, data=data)
     width = u.shape[1]
     if groups is None:
@@ -250,6 +252,7 @@ def _jackknife(u: Tensor, v: Tensor, groups: int, rows: int) -> float:
     return math.sqrt((groups - 1) / groups * sum((each - sum(left) / groups) ** 2 for each in left))
 
 
+@checked()
 def kernel_distance(
     samples: Tensor,
     data: Tensor,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyrogen.arguments import check_counts, check_positive, checked
 from pyrogen.evaluation.calibration import fit_ratio
 from pyrogen.evaluation.features import ROWS, check_sides, prepared_batches
-from pyrogen.evaluation.running import check_counts
 from pyrogen.inference.ratios import Wasserstein
 from pyrogen.inference.turns import seeded
 from pyrogen.networks import Critic
@@ -64,6 +64,7 @@ class _Scaled(nn.Module):
         return self.critic(self.factor * z, context)
 
 
+@checked()
 def wasserstein_critic(
     samples: Tensor,
     data: Tensor,
@@ -114,6 +115,7 @@ def wasserstein_critic(
         (True, 1000)
     """
     check_counts(steps=steps, batch_size=batch_size, rows=rows)
+    check_positive(learning_rate=learning_rate)
     check_sides(samples=samples, data=data)
     if min(len(samples), len(data)) < FEWEST:
         raise ValueError(

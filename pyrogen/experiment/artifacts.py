@@ -11,6 +11,7 @@ import xarray
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyrogen.arguments import checked
 from pyrogen.data import as_float
 from pyrogen.evaluation import posterior_samples, reconstruct, sample, to_arviz
 from pyrogen.evaluation.frames import assemble, datasets_of
@@ -118,6 +119,7 @@ def write_posteriors(path: Path, runs: Mapping[str, Run], rows: tuple[Tensor, ..
         tree.to_netcdf(str(temporary))
 
 
+@checked()
 def join_posteriors(trees: Mapping[str, Any]) -> Any:
     """Several fits' groups side by side, along a new first dimension ``fit`` whose coordinate is their names.
 
@@ -127,6 +129,8 @@ def join_posteriors(trees: Mapping[str, Any]) -> Any:
     Args:
         trees: By name of the fit, what :func:`pyrogen.to_arviz` returned for the same rows.
     """
+    if not trees:
+        raise ValueError("expected at least one fit's tree by its name, got none")
     parts = {name: datasets_of(tree) for name, tree in trees.items()}
     joined = {}
     for group in dict.fromkeys(group for groups in parts.values() for group in groups):

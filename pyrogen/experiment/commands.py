@@ -18,13 +18,13 @@ from rich.text import Text
 from torchvision.utils import make_grid, save_image
 
 from pyrogen import data as data_sets
+from pyrogen.arguments import check_counts
 from pyrogen.configuration import describe
 from pyrogen.data import Data
 from pyrogen.data.limits import check_links
 from pyrogen.data.published import default_root
 from pyrogen.evaluation import Evaluation, evaluate, sample
 from pyrogen.evaluation.parts import DEFAULT
-from pyrogen.evaluation.running import check_counts
 from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations
 from pyrogen.experiment.comparison import CONFIGURATION, compare
 from pyrogen.experiment.figures import are_images
@@ -333,7 +333,7 @@ def run_evaluate(settings: EvaluateSettings) -> str:
     run = _load(settings.run, settings.trust)
     data = _data_of(run, settings.run, settings)
     rows = getattr(data, settings.split)[: settings.rows]
-    check_counts(rows=settings.rows)
+    check_counts(or_none=True, rows=settings.rows, particles=settings.particles)
     parts = chosen_parts(settings.parts)
     with Console(stderr=True).status("preparing") as shown:
         started = time.perf_counter()
@@ -455,7 +455,7 @@ def _data_of_all(fits: list[Fitted], settings: ReportSettings) -> Data:
 def _count(fits: list[Fitted], settings: ReportSettings, most: int) -> int:
     """How many rows: those asked for, else as many as the comparisons used, if they agree."""
     if settings.rows is not None:
-        check_counts(rows=settings.rows)
+        check_counts(or_none=True, rows=settings.rows, particles=settings.particles)
         return min(settings.rows, most)
     used = {each.row["observations"] for each in fits if each.row is not None and each.from_settings}
     return min(used.pop(), most) if len(used) == 1 and settings.split == "test" else most

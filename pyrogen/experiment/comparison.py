@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pyrogen.arguments import checked
 from pyrogen.configuration import describe
 from pyrogen.data import Data
 from pyrogen.distributions.implicit import NoDensityError
@@ -34,7 +35,7 @@ from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, ope
 from pyrogen.inference import CriticOptions, FitOptions, NonFiniteLoss, Objective, Run
 from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically, leftovers
-from pyrogen.inference.checks import check_programs, check_values
+from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.critic_objective import CriticObjective
 from pyrogen.inference.folders import clear_folder, held, prepare_folder
 from pyrogen.inference.parallel import environment
@@ -46,6 +47,7 @@ CONFIGURATION = "compare.yaml"
 ERROR = "error.txt"
 
 
+@checked(but=("guides",))
 def compare(
     model: Callable,
     guides: Mapping[str, tuple[Any, Objective]],
@@ -167,6 +169,8 @@ def compare(
             "them together. Start one process, with workers= for more"
         )
     batches, _ = training_and_validation(data, batch_size, seed)
+    if (home := first_parameter(model)) is not None:
+        batches = dataclasses.replace(batches, dtype=home.dtype)
     known_parts(parts)
     rows, source = _test_rows(data, test)
     fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)

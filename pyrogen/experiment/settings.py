@@ -24,6 +24,9 @@ __all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_
 _SMALL = 256
 """Values of an observation up to which one thread is enough."""
 
+_WIDEST = 2**20
+"""The most features and latent dimensions that a command gives: more is a slip, and can take all memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -102,10 +105,14 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("latent", "features", "threads"):
+        for name, most in (("latent", _WIDEST), ("features", _WIDEST), ("threads", 1024)):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
+        if abs(self.seed) >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, got {self.seed}")
         if self.model is not None:
             given = [name for name in ("prior", "likelihood", "decoder") if getattr(self, name) is not None]
             if given:
