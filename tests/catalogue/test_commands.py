@@ -18,7 +18,7 @@ FIT = {
     "--learning_rate": ("-1", "nan", "inf", "x"),
     "--data": ("", "nonsense", LONG, "array:missing.npz"),
     "--encoder": ("Nonsense", "os.system", "{class_path: MLP, init_args: 3}"),
-    "--objective": ("", "Nonsense"),
+    "--objective": ("", "Nonsense", "\x1b[31m"),
     "--encoder.hidden": ("[-3]", "[1000000000000]", "x"),
     "--precision": ("nonsense",),
     "--device": ("nonsense", ""),
@@ -108,7 +108,7 @@ def test_data_of_run_yaml(data, fitted, tmp_path, refused):
 
 
 @pytest.mark.parametrize("text", DAMAGED, ids=repr)
-@pytest.mark.parametrize("file", ["run.yaml", "weights.safetensors"])
+@pytest.mark.parametrize("file", ["run.yaml", "weights.safetensors", "history.csv"])
 def test_damaged_files_of_runs(file, text, fitted, tmp_path, refused):
     folder = tmp_path / "copy"
     shutil.copytree(fitted, folder)

@@ -43,7 +43,7 @@ GAN = {"loss": "non-saturating", "r1": 0.0, "gradient_penalty": 10.0, "critic": 
 FIT = {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3, "seed": 0, "progress": False}
 
 
-ELSEWHERE = {name: "an error" for name in ("NonFiniteLoss", "OutputExistsError")} | {
+ELSEWHERE = {name: "an error" for name in ("NonFiniteLoss", "OutputExistsError", "WriteError")} | {
     "Run": "what fit and load return",
     "EnergyKernel": "takes nothing",
 }
