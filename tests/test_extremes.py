@@ -717,6 +717,52 @@ def test_closed_form_divergence_of_positive_values_is_kept():
     assert closed_form_kl(other, dist.LogNormal(0.0, 1.0)) is None
 
 
+# What is not hidden.
+
+
+@pytest.mark.parametrize("family", [families.Normal, families.MultivariateNormal, families.Mixture, families.Flow])
+def test_a_gradient_of_the_models_own_that_is_not_a_number_is_seen(family):
+    """The root of a negative number, which is left out of the value and not of the gradient."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = torch.where(z > 0, z.sqrt(), torch.zeros(()))
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    x = torch.zeros(64, 2)
+    guide = AmortizedGuide(model, nn.Identity(), family, example=x[:2])
+    with pytest.raises(pg.inference.NonFiniteLoss):
+        pg.fit(model, guide, ELBO(), x, steps=5, batch_size=64, progress=False)
+
+
+@pytest.mark.parametrize("family", [families.Normal, families.Mixture, families.Flow])
+def test_half_precision_has_gradients(family):
+    made = family(2, 3)
+    with torch.autocast("cpu", torch.float16):
+        made(torch.randn(4, 3)).log_prob(torch.randn(4, 2)).sum().backward()
+    assert all(each.grad is None or each.grad.isfinite().all() for each in made.parameters())
+
+
+def test_divergences_that_users_register_are_taken():
+    class Own(dist.Normal):
+        pass
+
+    @torch.distributions.kl.register_kl(Own, torch.distributions.Normal)
+    def _own(q: Any, p: Any) -> Tensor:
+        return torch.full(q.batch_shape, 42.0)
+
+    q, p = Own(torch.zeros(3, 2), 1.0), dist.Normal(torch.zeros(2), 1.0)
+    assert (closed_form_kl(q, p.expand((3, 2))) == 42).all()
+    assert (closed_form_kl(q.to_event(1), p.to_event(1)) == 84).all()
+
+
+def test_principal_components_of_whole_numbers():
+    model, x = ProbabilisticPCA(2, 3), torch.tensor([[1, 0, 3], [2, 2, 0]])
+    torch.testing.assert_close(model.log_likelihood(x), model.log_likelihood(x.float()))
+    torch.testing.assert_close(model.posterior(x).mean, model.posterior(x.float()).mean)
+
+
 # Gradients of draws.
 
 

@@ -3,7 +3,7 @@ r"""What keeps numbers finite in single precision: gradients that saturate, smoo
 import torch
 from torch import Tensor
 
-__all__ = ["bounded", "finite_gradient", "log_slope", "log_sum_exp", "unbounded"]
+__all__ = ["bounded", "finite_gradient", "log_slope", "log_sum_exp", "unbounded", "widest"]
 
 STEEPEST = 1e30
 """The largest slope that :func:`finite_gradient` passes on: many of these can be added, and multiplied by weights."""
@@ -15,16 +15,22 @@ LEAST_MARGIN = 2.0**-20
 """How far from its bounds, as a share, :func:`unbounded` reads a number: 6 times what single precision tells apart."""
 
 
-def finite_gradient(x: Tensor) -> Tensor:
+def finite_gradient(x: Tensor, *, of_draws: bool = False) -> Tensor:
     r"""The same numbers, with a gradient that is finite: at most 1e30, and where it is NaN for 0 · ∞, 0.
 
     The chain rule multiplies what overflows (:math:`z^2 / \sigma`) by what underflows (:math:`d\sigma / dr`), and makes
-    their moderate product infinite or NaN. Put this where a network's output comes in.
+    their moderate product infinite or NaN. Put this around what a density alone reads. A NaN that comes back through
+    draws is the model's own, and training has to see it: ``of_draws`` leaves it. Half precision is left as it is, for
+    the scaler of its gradients looks for what overflows.
     """
     x = x.view_as(x)  # so that no hook stays on a parameter
-    if x.requires_grad:
-        x.register_hook(lambda slope: slope.clamp(-STEEPEST, STEEPEST).nan_to_num())
+    if x.requires_grad and x.dtype != torch.float16:
+        x.register_hook(lambda slope: _clamped(slope) if of_draws else _clamped(slope).nan_to_num())
     return x
+
+
+def _clamped(slope: Tensor) -> Tensor:
+    return slope.clamp(-STEEPEST, STEEPEST)
 
 
 def bounded(x: Tensor, limit: float) -> Tensor:
@@ -67,3 +73,8 @@ def log_slope(x: Tensor, limit: float) -> Tensor:
 def log_sum_exp(log_p: Tensor, dim: int) -> Tensor:
     """The logarithm of a sum of densities, whose gradient is 0 instead of NaN where all of them are zero."""
     return torch.logsumexp(log_p.clamp(min=torch.finfo(log_p.dtype).min), dim)
+
+
+def widest(x: Tensor) -> torch.dtype:
+    """Double precision where the device of a tensor has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

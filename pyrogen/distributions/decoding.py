@@ -124,7 +124,7 @@ def positive(raw: Tensor) -> Tensor:
     The floor keeps log-densities finite when a decoder fits a pixel exactly; growth is linear, so nothing
     overflows.
     """
-    return SMALLEST_SCALE + F.softplus(finite_gradient(raw))
+    return finite_gradient(SMALLEST_SCALE + F.softplus(raw))
 
 
 class LocationScale(nn.Module):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrogen.arguments import checked
-from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal
 from pyrogen.networks.mlp import as_shape
 
@@ -150,7 +149,7 @@ class Normal(nn.Module):
         self.parameters_of.start_at(torch.zeros(size), size)
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
-        loc, raw = finite_gradient(self.parameters_of(context)).chunk(2, -1)
+        loc, raw = self.parameters_of(context).chunk(2, -1)
         if len(self.shape) != 1:
             shape = loc.shape[:-1] + self.shape
             loc, raw = loc.reshape(shape), raw.reshape(shape)
@@ -192,7 +191,7 @@ class MultivariateNormal(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         d = math.prod(self.shape)
-        parameters = finite_gradient(self.parameters_of(context))
+        parameters = self.parameters_of(context)
         loc, raw, below = parameters.split([d, d, self.lower.shape[1]], -1)
         unit = torch.diag_embed(torch.ones_like(raw))
         unit[..., self.lower[0], self.lower[1]] = below

@@ -127,7 +127,7 @@ class Flow(nn.Module):
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
-        loc, raw_scale = finite_gradient(self.affine(context)).chunk(2, -1)
+        loc, raw_scale = self.affine(context).chunk(2, -1)
         # Conditional transforms serve both cases: where there is no context, they are given one of width 0.
         given = loc.new_empty(0) if context is None else context
         # The transforms are made anew for every distribution, since they hold the caches of what was drawn:
@@ -154,7 +154,8 @@ class Standardising(T.AffineTransform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         farthest = torch.finfo(y.dtype).max ** FARTHEST
-        return super()._inverse(y).clamp(-farthest, farthest)
+        x = finite_gradient(y - self.loc) / finite_gradient(self.scale)
+        return x.clamp(-farthest, farthest)
 
 
 class FlowDistribution(dist.TransformedDistribution):

@@ -172,6 +172,7 @@ class Bounded(nn.Module):
 
 def saturating(raw: Tensor, offset: float, bound: float) -> Tensor:
     """Numbers bounded smoothly; far out, where their gradient is 0, that of a layer may be infinite."""
+    raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw  # half precision ends below the bounds
     return finite_gradient(offset + bound * torch.tanh(raw / bound))
 
 

@@ -9,7 +9,6 @@ from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 
 from pyrogen.arguments import checked
-from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.distributions.normals import SafeMixture, SafeMixtureOfDiagNormals, SafeNormal
 from pyrogen.networks.mlp import as_shape
@@ -56,7 +55,7 @@ class Mixture(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> dist.Distribution:
         k, d = self.components, math.prod(self.shape)
-        loc, raw, logits = finite_gradient(self.parameters_of(context)).split([k * d, k * d, k], -1)
+        loc, raw, logits = self.parameters_of(context).split([k * d, k * d, k], -1)
         loc, scale = loc.unflatten(-1, (k, d)), positive_scale(raw.unflatten(-1, (k, d)))
         logits = logits.log_softmax(-1)  # which torch and Pyro normalise by a difference of large numbers
         if d > 1:

@@ -15,7 +15,7 @@ import torch
 from pyro.distributions.diag_normal_mixture import _MixDiagNormalSample
 from torch import Size, Tensor
 
-from pyrogen.distributions.bounds import finite_gradient, log_sum_exp
+from pyrogen.distributions.bounds import finite_gradient, log_sum_exp, widest
 
 __all__ = ["SafeMixture", "SafeMixtureOfDiagNormals", "SafeMultivariateNormal", "SafeNormal", "solved", "triangle"]
 
@@ -31,8 +31,9 @@ class SafeNormal(dist.Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        z = (value - self.loc) / self.scale
-        return -0.5 * z * z - self.scale.log() - HALF_LOG_2PI
+        scale = finite_gradient(self.scale)
+        z = finite_gradient(value - self.loc) / scale
+        return -0.5 * z * z - scale.log() - HALF_LOG_2PI
 
 
 class SafeMultivariateNormal(dist.MultivariateNormal):
@@ -59,8 +60,9 @@ class SafeMultivariateNormal(dist.MultivariateNormal):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        y = solved(self.unit, finite_gradient(value - self.loc) / self.scale)
-        return (-0.5 * y * y).sum(-1) - self.scale.log().sum(-1) - HALF_LOG_2PI * y.shape[-1]
+        scale = finite_gradient(self.scale)
+        y = solved(self.unit, finite_gradient(value - self.loc) / scale)
+        return (-0.5 * y * y).sum(-1) - scale.log().sum(-1) - HALF_LOG_2PI * y.shape[-1]
 
 
 def triangle(normal: dist.MultivariateNormal) -> tuple[Tensor, Tensor]:
@@ -100,8 +102,9 @@ class SafeMixtureOfDiagNormals(dist.MixtureOfDiagNormals):
     """A mixture of normals with diagonal covariances."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        z = (value.unsqueeze(-2) - self.locs) / self.coord_scale
-        log_p = self.categorical.logits - (0.5 * z * z).sum(-1) - self.coord_scale.log().sum(-1)
+        scale = finite_gradient(self.coord_scale)
+        z = finite_gradient(value.unsqueeze(-2) - self.locs) / scale
+        log_p = self.categorical.logits - (0.5 * z * z).sum(-1) - scale.log().sum(-1)
         return log_sum_exp(log_p, -1) - HALF_LOG_2PI * self.dim
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -117,7 +120,7 @@ class _Draw(_MixDiagNormalSample):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        wide = torch.float32 if gradient.device.type == "mps" else torch.float64  # which that has not
+        wide = widest(gradient)
         saved = SimpleNamespace(saved_tensors=[each.to(wide) for each in ctx.saved_tensors])
         found = _MixDiagNormalSample.backward(saved, gradient.to(wide))
         return tuple(None if each is None else each.to(gradient.dtype) for each in found)

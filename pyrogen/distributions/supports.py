@@ -9,7 +9,7 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyrogen.distributions.bounds import bounded, log_slope, unbounded
+from pyrogen.distributions.bounds import bounded, finite_gradient, log_slope, unbounded
 
 __all__ = ["HalfLine", "to_support"]
 
@@ -85,7 +85,7 @@ class HalfLine(Transform):
         return not isinstance(self.bound, Tensor) and self.bound == 0
 
     def _call(self, x: Tensor) -> Tensor:
-        distance = self.sign * bounded(x, LIMIT).exp()
+        distance = finite_gradient(self.sign * bounded(x, LIMIT).exp(), of_draws=True)
         if self._starts_at_zero():
             return distance
         bound = torch.as_tensor(self.bound, dtype=x.dtype, device=x.device)

@@ -7,7 +7,8 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
-from pyrogen.distributions.normals import solved, triangle
+from pyrogen.distributions.bounds import finite_gradient
+from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal, solved, triangle
 
 __all__ = ["closed_form_kl", "is_point_mass", "kl_by_dimension"]
 
@@ -26,7 +27,7 @@ def closed_form_kl(q: Any, p: Any) -> Tensor | None:
     """
     if is_point_mass(q) or is_point_mass(p):
         return None
-    if isinstance(q, torch.distributions.Normal) and isinstance(p, torch.distributions.Normal):
+    if _is_normal(q) and _is_normal(p):
         return _kl_of_values(q, p)
     if _is_independent_normal(q) and _is_independent_normal(p):
         ndims = q.reinterpreted_batch_ndims
@@ -63,16 +64,27 @@ def is_point_mass(fn: Any) -> bool:
     return False
 
 
+def _is_normal(fn: Any) -> bool:
+    # Those that extend them may have a divergence of their own, registered with torch.
+    return type(fn) in (torch.distributions.Normal, dist.Normal, SafeNormal)
+
+
 def _is_independent_normal(fn: Any) -> bool:
-    return isinstance(fn, dist.Independent) and isinstance(fn.base_dist, torch.distributions.Normal)
+    return isinstance(fn, dist.Independent) and _is_normal(fn.base_dist)
+
+
+def _is_full_normal(fn: Any) -> bool:
+    full = (torch.distributions.MultivariateNormal, dist.MultivariateNormal, SafeMultivariateNormal)
+    return type(fn) in full
 
 
 def _is_normal_vector(fn: Any) -> bool:
-    return isinstance(fn, dist.MultivariateNormal) or (_is_independent_normal(fn) and fn.reinterpreted_batch_ndims == 1)
+    return _is_full_normal(fn) or (_is_independent_normal(fn) and fn.reinterpreted_batch_ndims == 1)
 
 
 def _kl_of_values(q: Any, p: Any) -> Tensor:
-    ratio, shift = q.scale / p.scale, (q.loc - p.loc) / p.scale
+    scale_q, scale_p = finite_gradient(q.scale), finite_gradient(p.scale)
+    ratio, shift = scale_q / scale_p, finite_gradient(q.loc - p.loc) / scale_p
     return 0.5 * ratio * ratio + 0.5 * shift * shift - 0.5 - ratio.log()
 
 
@@ -80,10 +92,10 @@ def _kl_of_vectors(q: Any, p: Any) -> Tensor:
     r""":math:`\tfrac12 (\|L_p^{-1} L_q\|^2 + \|L_p^{-1} (\mu_q - \mu_p)\|^2 - D) + \log \det L_p - \log \det L_q`."""
     batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
     q, p = q.expand(batch), p.expand(batch)
-    (scale_q, unit_q), (scale_p, unit_p) = _triangle(q), _triangle(p)
-    ratio, shift = scale_q / scale_p, (q.mean - p.mean) / scale_p
+    (scale_q, unit_q), (scale_p, unit_p) = (map(finite_gradient, _triangle(each)) for each in (q, p))
+    ratio, shift = scale_q / scale_p, finite_gradient(q.mean - p.mean) / scale_p
     columns = (ratio.unsqueeze(-1) * unit_q).movedim(-1, 0).expand(-1, *batch, -1)
-    if isinstance(p, dist.MultivariateNormal):
+    if _is_full_normal(p):
         columns, shift = solved(unit_p, columns), solved(unit_p, shift)
     quadratic = (0.5 * columns * columns).sum(0) + 0.5 * shift * shift - 0.5
     return (quadratic - ratio.log()).sum(-1)
@@ -91,7 +103,7 @@ def _kl_of_vectors(q: Any, p: Any) -> Tensor:
 
 def _triangle(fn: Any) -> tuple[Tensor, Tensor]:
     """Scales ``(..., D)`` and the unit triangle ``(..., D, D)`` of a normal."""
-    if isinstance(fn, dist.MultivariateNormal):
+    if _is_full_normal(fn):
         return triangle(fn)
     scale = fn.base_dist.scale
     return scale, torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrogen.arguments import checked
-from pyrogen.distributions.bounds import bounded, finite_gradient, unbounded
+from pyrogen.distributions.bounds import bounded, finite_gradient, unbounded, widest
 from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal, triangle
 from pyrogen.networks.mlp import as_shape
 
@@ -79,7 +79,7 @@ class ProbabilisticPCA(PyroModule):
 
         .. math:: \sigma^2 = \frac{1}{D-k} \sum_{i>k} \lambda_i, \quad W = U_k (\Lambda_k - \sigma^2 I)^{1/2}
 
-        with the eigenvalues λ and eigenvectors U of the data's covariance, computed in float64.
+        with the eigenvalues λ and eigenvectors U of the data's covariance, computed in float64 where the device has it.
 
         Raises:
             ValueError: If the data have no more dimensions of non-zero variance than ``latent``.
@@ -106,15 +106,15 @@ class ProbabilisticPCA(PyroModule):
         .. math:: p(z \mid x) = \mathcal{N}(M^{-1} A^\top (x - \mu) / \sigma, M^{-1}),
             \quad M = I + A^\top A, \quad A = W / \sigma
 
-        computed in float64.
+        computed in float64 where the device has it.
         """
         residual, a, m = self._whitened(x)
         loc = torch.linalg.solve(m, residual @ a, left=False)
         scale, unit = triangle(dist.MultivariateNormal(loc, precision_matrix=m.expand(len(x), -1, -1)))
-        return SafeMultivariateNormal(*(finite_gradient(each.to(x.dtype)) for each in (loc, scale, unit)))
+        return SafeMultivariateNormal(*(finite_gradient(each.to(self._type_of(x))) for each in (loc, scale, unit)))
 
     def log_likelihood(self, x: Tensor) -> Tensor:
-        r"""The exact log-likelihood of each observation in nats, ``(B,)``, computed in float64.
+        r"""The exact log-likelihood of each observation in nats, ``(B,)``, computed in float64 where the device has it.
 
         .. math:: \log p(x) = \log \mathcal{N}(x; \mu, W W^\top + \sigma^2 I)
             = -\tfrac12 \bigl(|r - A z|^2 + |z|^2 + \log \det M\bigr) - D \log \sigma - \tfrac{D}{2} \log 2\pi
@@ -125,11 +125,16 @@ class ProbabilisticPCA(PyroModule):
         r, a, m = self._whitened(x)
         z = torch.linalg.solve(m, r @ a, left=False)
         quadratic = (r - z @ a.T).square().sum(-1) + z.square().sum(-1) + torch.linalg.slogdet(m).logabsdet
-        return (-0.5 * quadratic - a.shape[0] * (self._log_scale(a.dtype) + 0.5 * math.log(2 * math.pi))).to(x.dtype)
+        log_det = a.shape[0] * (self._log_scale(a.dtype) + 0.5 * math.log(2 * math.pi))
+        return (-0.5 * quadratic - log_det).to(self._type_of(x))
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Data less their mean ``(B, D)`` and weights ``(D, k)`` in units of σ, and ``(k, k)`` M, in float64."""
-        scale = self._log_scale(torch.float64).exp()
-        a = self.weight.double() / scale
-        eye = torch.eye(self.latent, dtype=a.dtype, device=a.device)
-        return (x.flatten(1).double() - self.mean) / scale, a, eye + a.T @ a
+        wide = widest(self.weight)
+        scale = self._log_scale(wide).exp()
+        a = self.weight.to(wide) / scale
+        eye = torch.eye(self.latent, dtype=wide, device=a.device)
+        return (x.flatten(1).to(wide) - self.mean) / scale, a, eye + a.T @ a
+
+    def _type_of(self, x: Tensor) -> torch.dtype:
+        return torch.promote_types(x.dtype, self.weight.dtype)
