@@ -16,11 +16,11 @@ from pyrogen.data.limits import check_links, parse_table, read_text, read_yaml
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment.table import slug, steps_of
 from pyrogen.inference import Run, load
-from pyrogen.inference.folders import WEIGHTS, is_run
+from pyrogen.inference.folders import COMPARISON, WEIGHTS, is_run
 
 __all__ = ["Fitted", "collect", "read_evaluations"]
 
-COMPARISON, TABLE, EVALUATIONS = "compare.yaml", "table.csv", "evaluation.yaml"
+TABLE, EVALUATIONS = "table.csv", "evaluation.yaml"
 _log = logging.getLogger(__name__)
 
 

@@ -1,6 +1,7 @@
 """What the ``pyrogen`` command does: fit, compare, evaluate a run, sample from one, report on several."""
 
 import dataclasses
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from pyrogen.data.published import default_root
 from pyrogen.evaluation import Evaluation, evaluate, sample
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_evaluations
-from pyrogen.experiment.comparison import CONFIGURATION, compare
+from pyrogen.experiment.comparison import compare
 from pyrogen.experiment.figures import are_images
 from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.parts import Part
@@ -38,7 +39,7 @@ from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
-from pyrogen.inference.folders import SETTINGS, is_run
+from pyrogen.inference.folders import COMPARISON, SETTINGS, contents, is_run, locked
 from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.run import write_yaml
 
@@ -54,6 +55,10 @@ __all__ = [
     "run_report",
     "run_sample",
 ]
+
+NOTING = 5.0
+"""Seconds to wait until another process has written to a run's folder."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +225,8 @@ class ReportSettings:
         there = [name for name in REPORT if (folder / name).exists()]
         if there and not self.overwrite:
             raise OutputExistsError(f"{folder / there[0]} exists; give another folder with --out, or --overwrite it")
-        of_ours = there or is_run(folder) or (folder / CONFIGURATION).is_file()
-        if folder.exists() and any(folder.iterdir()) and not of_ours:
+        of_ours = there or is_run(folder) or (folder / COMPARISON).is_file()
+        if contents(folder) and not of_ours:
             raise OutputExistsError(f"{folder} holds no run or report of pyrogen's; give another folder with --out")
         return folder
 
@@ -296,7 +301,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
 
 def _load(folder: str, trust: bool) -> Run:
     path = Path(folder)
-    if not is_run(path) and (path / CONFIGURATION).is_file():
+    if not is_run(path) and (path / COMPARISON).is_file():
         fits = sorted(str(found) for found in path.glob("*") if is_run(found))
         raise ValueError(f"{folder} holds a comparison; give one of its fits: {', '.join(fits) or 'there is none yet'}")
     return load(path, trust=trust)
@@ -382,18 +387,29 @@ def _note_evaluation(
     path = folder / EVALUATIONS
     made: dict[str, Any] = {"data": data.source or data.name, "split": settings.split, "seed": settings.seed}
     entry = made | {"steps": steps_of(run), "parts": [*evaluation.seconds_of]} | evaluation.to_dict()
+    try:
+        with locked(folder, timeout=NOTING):
+            others, entry = _joined(entry, read_evaluations(path))
+            with atomically(path) as temporary:
+                temporary.write_text(yaml.safe_dump([*others, entry], sort_keys=False), encoding="utf-8")
+    except OutputExistsError as error:  # hours of a fit, which nobody who evaluates need wait for
+        _log.warning("%s is not written: %s", path, error)
+        _, entry = _joined(entry, read_evaluations(path))
+    return entry
+
+
+def _joined(entry: dict[str, Any], known: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Of evaluations that are known those that are others, and one with what its other parts had found before."""
     keys = ("data", "split", "seed", "steps", "particles", "observations")
-    known = read_evaluations(path)
+    parts, reasons = entry["parts"], entry["reasons"]
     others = [other for other in known if any(other.get(key) != entry[key] for key in keys)]
     for same in (other for other in known if other not in others):
         known_now = {name: value for name, value in entry.items() if value is not None and value == value}
-        others_said = {part: why for part, why in same.get("reasons", {}).items() if part not in entry["parts"]}
+        others_said = {part: why for part, why in same.get("reasons", {}).items() if part not in parts}
         entry = same | known_now
-        entry["parts"] = [*dict.fromkeys([*same["parts"], *evaluation.seconds_of])]
-        entry["reasons"] = others_said | evaluation.reasons
-    with atomically(path) as temporary:
-        temporary.write_text(yaml.safe_dump([*others, entry], sort_keys=False), encoding="utf-8")
-    return entry
+        entry["parts"] = [*dict.fromkeys([*same["parts"], *parts])]
+        entry["reasons"] = others_said | reasons
+    return others, entry
 
 
 def run_sample(settings: SampleSettings) -> Path:

@@ -37,13 +37,12 @@ from pyrogen.inference.batches import Batches, training_and_validation
 from pyrogen.inference.checkpoints import atomically, leftovers
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.critic_objective import CriticObjective
-from pyrogen.inference.folders import clear_folder, held, prepare_folder
+from pyrogen.inference.folders import COMPARISON, clear_folder, held, prepare_folder
 from pyrogen.inference.parallel import environment
 from pyrogen.inference.turns import seeded
 
-__all__ = ["CONFIGURATION", "ERROR", "compare"]
+__all__ = ["ERROR", "compare"]
 
-CONFIGURATION = "compare.yaml"
 ERROR = "error.txt"
 
 
@@ -442,7 +441,7 @@ def _describe(
 
 def _check_same(folder: Path, values: Mapping[str, Any]) -> None:
     """Raise a ``ValueError`` where a folder to be resumed holds another comparison."""
-    path = folder / CONFIGURATION
+    path = folder / COMPARISON
     if not path.is_file():
         return
     try:
@@ -464,7 +463,7 @@ def _begin(
     gone = [path for place in (folder, folder / "figures") for path in leftovers(place)]
     for path in (*gone, *(folder / each.slug / ERROR for each in fits)):
         path.unlink(missing_ok=True)
-    path = folder / CONFIGURATION
+    path = folder / COMPARISON
     if resume and path.is_file():
         return
     versions = ", ".join(f"{name} {version(name)}" for name in ("pyrogen", "pyro-ppl", "torch"))

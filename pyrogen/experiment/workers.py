@@ -39,6 +39,7 @@ from loky import BrokenProcessPool, ProcessPoolExecutor, cpu_count
 
 from pyrogen.configuration import _FILE_PREFIX
 from pyrogen.inference.checkpoints import atomically
+from pyrogen.inference.folders import LOCK
 
 __all__ = ["Job", "Outcome", "Workers", "check_workers", "open_pool", "perform_all"]
 
@@ -460,7 +461,8 @@ def _folder_of(job: Job) -> Iterator[Path]:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

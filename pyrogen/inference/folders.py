@@ -1,6 +1,7 @@
 """Output folders: what a run's files are called, which folders may be written, and by one process at a time."""
 
 import contextlib
+import errno
 import os
 import platform
 import shutil
@@ -13,13 +14,17 @@ from pyrogen.inference.checkpoints import WriteError, leftovers
 
 __all__ = [
     "CHECKPOINT",
+    "COMPARISON",
     "HISTORY",
+    "LOCK",
     "SETTINGS",
     "WEIGHTS",
     "OutputExistsError",
     "clear_folder",
+    "contents",
     "held",
     "is_run",
+    "locked",
     "prepare_folder",
 ]
 
@@ -53,7 +58,7 @@ def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) ->
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} could not be written: {there} is read-only. Give a folder in which you may write")
     if (folder / LOCK).is_file():
-        with _locked(folder):
+        with locked(folder):
             pass
     _check_contents(folder, overwrite=overwrite, resume=resume)
     return folder
@@ -62,7 +67,7 @@ def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) ->
 def _check_contents(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; give the path of a folder")
-    if not _contents(folder):
+    if not contents(folder):
         return
     if not (overwrite or resume):
         raise OutputExistsError(
@@ -76,7 +81,7 @@ def _check_contents(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
 
 
-def _contents(folder: Path) -> list[Path]:
+def contents(folder: Path) -> list[Path]:
     """What is in a folder, but for the lock and for what killed writers have left."""
     if not folder.exists():
         return []
@@ -87,8 +92,7 @@ def _contents(folder: Path) -> list[Path]:
 def held(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[None]:
     """Within, no other fit, comparison or ``save`` writes to a folder, which is made if need be.
 
-    What killed writers have left in it is removed. The lock is the operating system's, so it ends with its process,
-    however that ends; its file ``.lock`` is there meanwhile.
+    What killed writers have left in it is removed.
 
     Raises:
         OutputExistsError, WriteError: As :func:`prepare_folder`, which may have looked before another process wrote.
@@ -97,7 +101,7 @@ def held(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Non
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError.of(folder, error) from error
-    with _locked(folder, timeout=1.0):  # somebody may just be looking whether it is free
+    with locked(folder):
         _check_contents(folder, overwrite=overwrite, resume=resume)
         for path in leftovers(folder):
             path.unlink()
@@ -105,9 +109,23 @@ def held(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, timeout: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, timeout: float = 1.0) -> Iterator[None]:
+    """Within, no other process writes to a folder that is there.
+
+    The lock is the operating system's, so it ends with its process, however that ends. Its file ``.lock`` stays, for
+    who waits for it might else hold a file that nobody else finds, and says who has it.
+
+    Args:
+        folder: The folder.
+        timeout: How many seconds to wait for another, who may just be noting something.
+
+    Raises:
+        OutputExistsError: If another holds it all that time.
+        WriteError: If the user may not write there, or the disk knows no locks.
+    """
     path = folder / LOCK
-    lock = FileLock(path, timeout=timeout)
+    # The soft lock that the library would fall back to outlives a process that is killed.
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire()
     except Timeout as error:
@@ -119,15 +137,23 @@ def _locked(folder: Path, timeout: float = 0.0) -> Iterator[None]:
             "until it ends, or give another folder"
         ) from error
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise WriteError(
+                f"{path} could not be locked: {error.strerror}. Give a folder on a disk that knows locks, for without "
+                "them two processes could write there at once"
+            ) from error
         raise WriteError.of(path, error) from error
     try:
-        with contextlib.suppress(OSError):  # it only serves the message
-            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        _say(path, f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
-        with contextlib.suppress(OSError):  # before it is free; where open files can't be deleted, the library does it
-            path.unlink()
+        _say(path, "")
         lock.release()
+
+
+def _say(path: Path, who: str) -> None:
+    with contextlib.suppress(OSError):  # it only serves the message
+        path.write_text(who, encoding="utf-8")
 
 
 def clear_folder(folder: Path, keep: Collection[str] = ()) -> None:
@@ -135,8 +161,8 @@ def clear_folder(folder: Path, keep: Collection[str] = ()) -> None:
 
     The files by which it is known go last: a clearing cut short leaves the run, or can be begun again.
     """
-    last = [CHECKPOINT, WEIGHTS, SETTINGS, COMPARISON]
-    for path in sorted(_contents(folder), key=lambda path: last.index(path.name) if path.name in last else -1):
+    last = [CHECKPOINT, WEIGHTS, HISTORY, SETTINGS, COMPARISON]
+    for path in sorted(contents(folder), key=lambda path: last.index(path.name) if path.name in last else -1):
         if path.name in keep:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -1,8 +1,10 @@
 """Writing that is killed or fails at any step, folders that others write, disks that are full or may only be read."""
 
 import contextlib
+import errno
 import io
 import itertools
+import math
 import os
 import re
 import shutil
@@ -19,7 +21,9 @@ import pytest
 import torch
 
 import pyrogen as pg
+from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Normal, StandardNormal
+from pyrogen.experiment import commands
 from pyrogen.inference import ELBO, AmortizedGuide, OutputExistsError, checkpoints, fit
 from pyrogen.inference.checkpoints import WriteError, write_tensors
 from pyrogen.inference.events import Events
@@ -370,11 +374,69 @@ def test_a_lock_is_given_back_whatever_comes(tmp_path):
         with pytest.raises(ZeroDivisionError), held(tmp_path / "run", overwrite=True):
             assert str(os.getpid()) in (tmp_path / "run" / ".lock").read_text()
             raise ZeroDivisionError
-        assert not [*(tmp_path / "run").iterdir()]
+        assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == {".lock": ""}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_without_locks_is_refused(code, two, tmp_path, monkeypatch):
+    """A soft lock, to which the library would turn, stays for ever after a kill."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    said = rf"\.lock could not be locked: {os.strerror(code)}\. Give a folder on a disk that knows locks"
+    with pytest.raises(WriteError, match=said):
+        pg.save(two[1], tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    pg.save(two[1], tmp_path / "run")
+
+
+def test_the_file_of_a_lock_is_the_same_for_all(tmp_path):
+    """Who finds another file would not be kept out by those who wait at this one."""
+    found = []
+    for _ in range(2):
+        with held(tmp_path, overwrite=True):
+            found.append((tmp_path / ".lock").stat().st_ino)
+    assert found == [(tmp_path / ".lock").stat().st_ino] * 2
+
+
+def noted(folder, run, seed) -> dict[str, Any]:
+    """Note an evaluation, as ``pyrogen evaluate`` does."""
+    data = Data("frozen", train=ROWS, validation=ROWS, test=ROWS, values="binary")
+    settings = commands.EvaluateSettings(run=str(folder), seed=seed)
+    found = pg.evaluate(run, ROWS, parts=["bound"], seed=seed)
+    return commands._note_evaluation(folder, run, data, settings, found)
+
+
+def test_evaluations_of_one_run_at_once_are_all_noted(two, tmp_path, monkeypatch):
+    folder = shutil.copytree(two[0], tmp_path / "run")
+    run = pg.load(folder)
+    read = commands.read_evaluations
+    monkeypatch.setattr(commands, "read_evaluations", lambda path: (read(path), time.sleep(0.3))[0])
+    threads = [threading.Thread(target=noted, args=(folder, run, seed)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entry["seed"] for entry in read(folder / "evaluation.yaml")) == [0, 1, 2]
+
+
+def test_an_evaluation_goes_on_where_a_fit_holds_the_folder(two, tmp_path, monkeypatch, caplog):
+    folder = shutil.copytree(two[0], tmp_path / "run")
+    monkeypatch.setattr(commands, "NOTING", 0.1)
+    with held(folder, overwrite=True):
+        entry = noted(folder, pg.load(folder), 0)
+    assert entry["parts"] == ["bound"] and math.isfinite(entry["elbo"])
+    assert (folder / "evaluation.yaml").read_text() == "[]\n"
+    assert re.search(r"evaluation\.yaml is not written: .*run is being written by another fit", caplog.text)
+    assert noted(folder, pg.load(folder), 0)["elbo"] == entry["elbo"]
+    assert [each["elbo"] for each in commands.read_evaluations(folder / "evaluation.yaml")] == [entry["elbo"]]
 
 
 def test_only_one_of_many_holds_a_folder_at_a_time(tmp_path):
-    """Locks come and go, and with them their file."""
     inside, seen = [], []
 
     def act():

@@ -382,7 +382,7 @@ def test_saving_never_overwrites_unasked(saved, tmp_path):
     (tmp_path / "thesis" / "chapter.txt").unlink()
     assert contents(tmp_path) == before
     assert pg.save(run, folder, overwrite=True) == folder
-    assert sorted(path.name for path in folder.iterdir()) == ["history.csv", "run.yaml", "weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "history.csv", "run.yaml", "weights.safetensors"]
     (tmp_path / "thesis").rmdir()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -440,7 +440,8 @@ def test_nothing_on_disk_is_pickled(saved):
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         assert isinstance(json.loads(content[8 : 8 + length]), dict)
-    assert {path.suffix for path in folder.iterdir() if path.is_file()} == {".safetensors", ".yaml", ".csv"}
+    kinds = {path.suffix for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+    assert kinds == {".safetensors", ".yaml", ".csv"}
 
 
 def test_tensors_of_every_type_survive(tmp_path):
