@@ -3,6 +3,7 @@
 import contextlib
 import secrets
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ __all__ = ["Events"]
 
 
 class Events(Logger):
-    """A file of events in a folder, written at once.
+    """A file of events in a folder, written at once; where that fails, a warning says so and no more is written.
 
     TensorBoard's own writers leave that to a thread; where it dies of a full disk, the training waits for it forever.
     And they name files by the second, so that another of the same second is replaced.
@@ -33,13 +34,12 @@ class Events(Logger):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file: RecordWriter | None = None
+        self.failed = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write figures of a step.
-
-        Raises:
-            WriteError: If they can't be written.
-        """
+        """Write figures of a step."""
+        if self.failed:
+            return
         try:
             if self.file is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,9 @@ class Events(Logger):
                 self.file.write(event.SerializeToString())
             self.file.flush()
         except OSError as error:
-            raise WriteError.of(self.folder, error) from error
+            self.failed = True
+            why = WriteError.of(self.folder, error)
+            warnings.warn(f"{why}. Training goes on without logs; history.csv has the same figures", stacklevel=2)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Nothing: they stand in ``run.yaml``."""

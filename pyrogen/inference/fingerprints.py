@@ -116,10 +116,21 @@ def source_of(parts: Iterable[Any]) -> dict[str, str]:
         functions = [part] if inspect.isfunction(part) else [*filter(inspect.isfunction, vars(part).values())]
         waiting += [*getattr(part, "__bases__", ()), *(each for one in functions for each in _referred_to(one))]
         with contextlib.suppress(OSError, TypeError, SyntaxError):
-            text = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(part))))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
             if "<lambda>" not in part.__qualname__:
-                found[part.__qualname__] = hashlib.sha256(text.encode()).hexdigest()[:16]
+                found[part.__qualname__] = hashlib.sha256(_plain(tree).encode()).hexdigest()[:16]
     return dict(sorted(found.items()))
+
+
+def _plain(node: Any) -> str:
+    """A syntax tree as text, the same in every version of Python: a later one may add fields, which are empty then."""
+    if isinstance(node, list):
+        return f"[{' '.join(map(_plain, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    literal = isinstance(node, ast.Constant)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value or (literal and name == "value")]
+    return f"{type(node).__name__}({' '.join(f'{name}={_plain(value)}' for name, value in fields)})"
 
 
 def _referred_to(function: Any) -> list[Any]:

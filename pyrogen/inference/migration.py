@@ -2,7 +2,8 @@
 
 1. ``weights.safetensors`` held weights alone, ``run.yaml`` and ``history.csv`` the rest; nothing had a checksum, and
    checkpoints had no number.
-2. Weights hold settings and history too, of which the other two are copies; checksums; sites and source of programs and
+2. Weights hold settings and history too, of which the other two are copies, as the first format has them where another
+   run is about to take its place; checksums; sites and source of programs and
    a fingerprint of all rows in checkpoints.
 """
 

@@ -70,7 +70,7 @@ def _read_settings(text: str, path: Path, number: int) -> dict[str, Any]:
         settings = parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
-    if not isinstance(settings, dict) or settings.get("format") != number:
+    if not isinstance(settings, dict) or settings.get("format") not in range(1, number + 1):
         raise ValueError(f"{path} is damaged, or not of format {number} as {WEIGHTS} beside it; restore it from a copy")
     settings = settings_of_1(settings)
     lacking = {"model", "guide", "objective", "options", "example", "data", "seconds"} - settings.keys()

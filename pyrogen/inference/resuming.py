@@ -112,12 +112,12 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
 def _of_another_training(weights: Path, values: dict[str, Any]) -> Iterator[str]:
     """Whether weights beside a checkpoint come from elsewhere, in words; damaged ones will be written anew."""
     try:
-        text = read_tensors(weights)[1]["files"][HISTORY]
-    except (ValueError, KeyError):
+        beside = read_history(read_tensors(weights)[1]["files"][HISTORY], weights.parent)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return
     # Two trainings, alike in all else, take different times.
-    beside, own = (table.get("seconds", ()) for table in (read_history(text, weights.parent), values["history"]))
-    if any(one != other for one, other in zip(beside, own, strict=False)):
+    seconds = (table.get("seconds", ()) for table in (beside, values["history"]))
+    if any(one != other for one, other in zip(*seconds, strict=False)):
         yield f"{weights.name} beside it are of another training"
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pyrogen.arguments import LARGEST, check_counts, check_positive, checked, is_finite
@@ -275,6 +276,7 @@ def write_run(run: Run, folder: Path, then: Callable[[], Any] = lambda: None) ->
         folder: Where to.
         then: As for :func:`~pyrogen.inference.checkpoints.atomically`, of the weights.
     """
+    _bring_up(folder)
     copies = {SETTINGS: _yaml(settings_of(run)), HISTORY: run.history.to_csv(index=False)}
 
     def make_way() -> None:
@@ -286,6 +288,19 @@ def write_run(run: Run, folder: Path, then: Callable[[], Any] = lambda: None) ->
     for name, text in copies.items():
         with atomically(folder / name) as temporary:
             temporary.write_bytes(text.encode())
+
+
+def _bring_up(folder: Path) -> None:
+    """Let weights of format 1 hold what stands beside them, of which they would have no copy when it goes."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            if "pyrogen" in (file.metadata() or {}):
+                return
+        tensors, _, _ = read_files(folder)
+        texts = {name: (folder / name).read_bytes().decode() for name in (SETTINGS, HISTORY)}
+    except (OSError, SafetensorError, ValueError):
+        return  # there is no run that could be lost
+    write_tensors(folder / WEIGHTS, tensors, {"format": FORMAT, "files": texts})
 
 
 @checked()

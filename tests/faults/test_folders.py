@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import pyrogen as pg
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Normal, StandardNormal
 from pyrogen.experiment import commands
-from pyrogen.inference import ELBO, AmortizedGuide, OutputExistsError, checkpoints, fit
+from pyrogen.inference import ELBO, AmortizedGuide, OutputExistsError, checkpoints, events, fit
 from pyrogen.inference.checkpoints import WriteError, write_tensors
 from pyrogen.inference.events import Events
-from pyrogen.inference.folders import held
+from pyrogen.inference.folders import clear_folder, held
+from pyrogen.inference.run import write_run
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP
 
@@ -108,7 +110,7 @@ def _half_of_file(tensors, path, **_):
     Path(path).write_bytes(b"\x40" * 100)
 
 
-def at_every_step(monkeypatch, act, places, *, killed, stride=1):
+def at_every_step(monkeypatch, act, places, *, killed, stride=1, least=10):
     """Act on a place after the other, with each step of it killed or failing in turn, until it comes to its end.
 
     Gives the places, and what was raised there.
@@ -123,7 +125,7 @@ def at_every_step(monkeypatch, act, places, *, killed, stride=1):
                 error = raised
         yield place, error
         if steps.count < at:
-            assert error is None and at > 10
+            assert error is None and at > least
             return
 
 
@@ -191,6 +193,31 @@ def test_a_save_into_a_new_folder_killed_at_any_step_can_be_made_again(two, tmp_
         pg.save(new, there, overwrite=whole)  # which leftovers alone do not ask for
         assert state(pg.load(there)) == state(new) and not leftovers(there)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("act", ["save", "write", "clear"])
+def test_a_run_of_format_1_is_lost_at_no_step(act, killed, two, tmp_path, monkeypatch):
+    """Its weights alone would be no run."""
+    folder, new = Path(__file__).parents[1] / "formats" / "1" / "elbo", two[1]
+    old = state(pg.load(folder))
+    acts = {"save": lambda there: pg.save(new, there, overwrite=True), "write": partial(write_run, new)}
+    seen = set()
+    for there, error in at_every_step(
+        monkeypatch, acts.get(act, clear_folder), copies(folder, tmp_path), killed=killed, least=4
+    ):
+        if act == "clear" and not (there / "weights.safetensors").exists():
+            with pytest.raises(ValueError, match=r"holds no run|has no weights"):
+                pg.load(there)
+            seen.add("none")
+            continue
+        found = state(pg.load(there))
+        assert found == old or (act != "clear" and found == state(new))
+        seen.add("old" if found == old else "new")
+        if error is not None and act != "clear":
+            acts[act](there)
+            assert state(pg.load(there)) == state(new)
+    assert seen == {"old", "none" if act == "clear" else "new"}
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -537,10 +564,26 @@ def test_a_training_does_not_wait_for_logs_that_can_not_be_written(small):
     log = Events(small / "run" / "logs")
     log.log_metrics({"loss": 1.0}, 1)
     fill(small)
-    with pytest.raises(WriteError, match=r"logs could not be written: No space left.* Free some space"):
+    with pytest.warns(UserWarning, match=r"logs could not be written: No space left.* Free some space") as warned:
         for step in range(2, 4000):
             log.log_metrics({"loss": 1.0, "rate": 2.0}, step)
+    assert len(warned) == 1
     log.finalize("finished")
+
+
+def test_a_training_goes_on_without_logs(tmp_path, monkeypatch):
+    """Which hold nothing that its own files have not."""
+    whole, count = fitted(tmp_path / "whole"), itertools.count()
+
+    def full(self, content):
+        if next(count) > 5:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(events.RecordWriter, "write", full)
+    with pytest.warns(UserWarning, match=r"logs could not be .* goes on without logs; history\.csv has") as warned:
+        run = fitted(tmp_path / "run")
+    assert len(warned) == 1 and next(count) == 7
+    assert without_times(pg.load(tmp_path / "run")) == without_times(run) == without_times(whole)
 
 
 def test_logs_of_one_second_do_not_replace_each_other(tmp_path, monkeypatch):
