@@ -56,7 +56,7 @@ def train(model: Any, guide: Any, objective: Objective, data: Tensor, seed: int,
 @torch.no_grad()
 def draws_of(run: Run, x: Tensor, n: int) -> dict[str, Tensor]:
     """Posterior draws of each site, ``(n, B, *event_shape)``."""
-    return pg.evaluation.posterior_samples(run.model, run.guide, x, n)  # type: ignore[arg-type]
+    return pg.evaluation.posterior_samples(run.model, run.guide, x, n)
 
 
 def covariance(z: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 import reprlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,8 @@ __all__ = [
     "checked",
     "is_finite",
     "is_whole",
+    "plain",
+    "plain_as",
     "shown",
 ]
 
@@ -36,9 +39,10 @@ T = TypeVar("T", bound=Callable)
 def checked(*, but: Sequence[str] = ()) -> Callable[[T], T]:
     """Have a function, or the making of a class, see that its arguments are what its annotations say.
 
-    A ``float`` is a finite number, an ``int`` a whole one that is not negative, a tensor one of real numbers that has
-    memory, and any sequence serves as a tuple. What no annotation says, such as a narrower range, the function checks
-    itself. It costs some 10 µs a call: for what is called once, not within a step.
+    A ``float`` is a finite number, an ``int`` a whole one of 64 bits, and a tensor one of real numbers that has memory.
+    Numbers of numpy and torch come to the function as Python's own, arrays and iterators where it expects a sequence
+    as tuples. What no annotation says, such as a narrower range, the function checks itself. It costs some 10 µs a
+    call: for what is called once, not within a step.
 
     Args:
         but: Arguments that are left to the function.
@@ -51,7 +55,7 @@ def checked(*, but: Sequence[str] = ()) -> Callable[[T], T]:
         ... def draw(count: int) -> None: ...
         >>> draw(2.5)
         Traceback (most recent call last):
-        ValueError: draw: count must be a whole number, 0 or more and less than 2**63, got 2.5
+        ValueError: draw: count must be a whole number of less than 2**63, got 2.5
     """
 
     def decorated(thing: Any) -> Any:
@@ -74,17 +78,17 @@ def _checked(function: Callable, name: str, but: Sequence[str]) -> Callable:
     @functools.wraps(function)
     def checking(*args: Any, **kwargs: Any) -> Any:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)  # which says it better
         for key, hint in hints().items():
-            for value in _values(given, signature.parameters[key]):
-                if key == "guide" and value is None:
-                    continue  # each function knows itself what it needs a guide for
-                if not _fits(value, hint):
-                    raise ValueError(f"{name}: {key} must be {_in_words(hint)}, got {shown(value)}")
+            if key not in bound.arguments or bound.arguments[key] is signature.parameters[key].default:
+                continue
+            value = bound.arguments[key] = plain_as(bound.arguments[key], hint)
+            if not _fits(value, hint):
+                raise ValueError(f"{name}: {key} must be {_in_words(hint)}, got {shown(value)}")
         try:
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):
                 raise
@@ -95,14 +99,28 @@ def _checked(function: Callable, name: str, but: Sequence[str]) -> Callable:
     return checking
 
 
-def _values(given: Mapping[str, Any], parameter: inspect.Parameter) -> Iterator[Any]:
-    """What a parameter was given, if it isn't the default anyway."""
-    if parameter.kind is parameter.VAR_POSITIONAL:
-        yield from given.get(parameter.name, ())
-    elif parameter.kind is parameter.VAR_KEYWORD:
-        yield from given.get(parameter.name, {}).values()
-    elif given.get(parameter.name, parameter.default) is not parameter.default:
-        yield given[parameter.name]
+def plain(value: Any) -> Any:
+    """A number of numpy or torch, or what else stands for a whole one, as Python's own; anything else as it is."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value if value.ndim or (isinstance(value, Tensor) and not _is_dense(value)) else value.item()
+    return operator.index(value) if hasattr(type(value), "__index__") and not isinstance(value, int) else value
+
+
+def plain_as(value: Any, hint: Any) -> Any:
+    """What an argument is given, plain where its annotation asks for numbers or a sequence."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if isinstance(value, Tensor) and Tensor in inner:
+            return value
+        return next((made for each in inner if (made := plain_as(value, each)) is not value), value)
+    if hint in (int, float, bool):
+        return plain(value)
+    if origin not in (tuple, list, Sequence) or not _many(value, inner[0]):
+        return value
+    value = value if isinstance(value, Sequence) else tuple(value)
+    if inner[0] not in (int, float) or all(type(each) in (int, float) for each in value):
+        return value
+    return tuple(map(plain, value))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -110,14 +128,15 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, each) for each in inner)
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
+        return any(isinstance(value, type(each)) and value == each for each in inner)
     if origin in (type, Callable) or hint is Callable:
         return callable(value)
     if origin in (tuple, list, Sequence):
+        many = _many(value, inner[0]) and isinstance(value, Sized)
         if inner[0] is int:
-            return _many(value) and all(is_whole(each) and 1 <= each <= LARGEST for each in value)
-        of = inner if origin is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value if _many(value) else ())
-        return _many(value) and len(value) == len(of) and all(map(_fits, value, of))
+            return many and all(is_whole(each) and 1 <= each <= LARGEST for each in value)
+        of = inner if origin is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value) if many else ()
+        return many and len(value) == len(of) and all(map(_fits, value, of))
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(
             _fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items()
@@ -129,17 +148,23 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if plain else True
 
 
-def _many(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+def _many(value: Any, of: Any) -> bool:
+    """Whether these are several things, of numbers in an array too."""
+    if isinstance(value, Tensor):
+        return of in (int, float) and value.ndim == 1 and _is_dense(value)
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, nn.Module))
+    return several and getattr(value, "ndim", 1) == 1
 
 
 def is_whole(value: Any) -> bool:
-    """Whether something is a whole number that is not negative and fits in 64 bits."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < 2**63
+    """Whether something is a whole number that fits in 64 bits, be it of numpy or torch."""
+    value = plain(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_finite(value: Any) -> bool:
-    """Whether something is a finite number."""
+    """Whether something is a finite number, be it of numpy or torch."""
+    value = plain(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     return abs(value) < 10**308 if isinstance(value, int) else math.isfinite(value)
@@ -156,12 +181,12 @@ def _is_path(value: Any) -> bool:
 
 
 _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    int: (is_whole, "a whole number, 0 or more and less than 2**63"),
+    int: (is_whole, "a whole number of less than 2**63"),
     float: (is_finite, "a finite number"),
     str: (lambda value: isinstance(value, str) and _is_path(value), "a text"),
-    Path: (lambda value: isinstance(value, Path) and _is_path(value), "a path"),
+    Path: (lambda value: isinstance(value, PathLike) and _is_path(value), "a path"),
     PathLike: (_is_path, "a path"),
-    bool: (lambda value: isinstance(value, bool), "True or False"),
+    bool: (lambda value: isinstance(plain(value), bool), "True or False"),
     Any: (lambda value: True, "anything"),
     types.NoneType: (lambda value: value is None, "None"),
     Tensor: (_is_dense, "a dense tensor of real numbers in memory, fewer than 2**40"),
@@ -188,12 +213,12 @@ def _in_words(hint: Any) -> str:
     return _KINDS[kind][1] if kind in _KINDS else f"a {getattr(kind, '__name__', kind)}"
 
 
-def check_counts(*, or_none: bool = False, **values: int | None) -> None:
-    """Raise a ``ValueError`` for a number that is no whole one of at least 1, by its name."""
+def check_counts(*, or_none: bool = False, least: int = 1, **values: int | None) -> None:
+    """Raise a ``ValueError`` for a number that is no whole one of at least 1, say, by its name."""
     for name, value in values.items():
-        if not ((is_whole(value) and 1 <= int(value) <= LARGEST) or (or_none and value is None)):  # type: ignore[arg-type]
+        if not ((is_whole(value) and least <= int(value) <= LARGEST) or (or_none and value is None)):  # type: ignore[arg-type]
             most = f" and at most {LARGEST}" if is_finite(value) and value > LARGEST else ""  # type: ignore[operator]
-            raise ValueError(f"{name} must be a whole number of at least 1{most}, got {shown(value)}")
+            raise ValueError(f"{name} must be a whole number of at least {least}{most}, got {shown(value)}")
 
 
 def check_positive(*, or_none: bool = False, **values: float | None) -> None:

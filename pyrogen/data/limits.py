@@ -39,6 +39,8 @@ RATIO = 200
 TEXT = 2**22
 TABLE = 2**26
 """Bytes that are read of a text and of a table: 4 and 64 MiB."""
+LONGEST_TIME = 64
+"""Characters of a number of base 60, such as 1:30:00."""
 NODES = 250_000
 """Values of a YAML file, each counted wherever an alias repeats it."""
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -191,8 +193,8 @@ def parse_yaml(text: str) -> Any:
         if _repeated(node, {}) > NODES:
             raise ValueError(f"it stands for more than {NODES} values")
         return loader.construct_document(node)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    except (yaml.YAMLError, RecursionError, LookupError, AttributeError, TypeError) as error:  # as of "!!bool foo"
+        raise ValueError(str(error) or type(error).__name__) from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -205,6 +207,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.composed += 1
+        event = self.peek_event()
+        if isinstance(event, yaml.ScalarEvent) and ":" in event.value and len(event.value) > LONGEST_TIME:
+            event.implicit = (False, True)  # else a number of base 60, which takes time with the square of its length
         if self.composed > NODES:
             raise ValueError(f"it holds more than {NODES} values")
         return super().compose_node(parent, index)

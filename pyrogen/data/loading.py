@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import is_whole, plain
 from pyrogen.data.array import array
 from pyrogen.data.constructed import color_mnist, stacked_mnist
 from pyrogen.data.dataset import Binarization, Data, as_float
@@ -94,6 +95,7 @@ def load(
     """
     kind, _, path = _checked_name(name).partition(":")
     _check_options(kind, root, binarize, seed, size)
+    seed = int(seed)
     folder_of_sets = None if kind in _WITHOUT_ROOT else _absolute(root if root is not None else default_root())
     how = ("dynamic" if kind in _BINARY_BY_CUSTOM else None) if binarize == "auto" else binarize
     data = _gray(kind, path, folder_of_sets, seed, size)
@@ -133,11 +135,11 @@ def _check_options(kind: str, root, binarize, seed, size) -> None:
         raise ValueError(f"expected binarize to be None or one of {choices}, got {binarize!r}")
     if root is not None and not isinstance(root, str | os.PathLike):
         raise TypeError(f"expected root to be the path of a folder, got {type(root).__name__}")
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if isinstance(seed, bool) or not isinstance(plain(seed), int):
         raise TypeError(f"expected seed to be an integer, got {seed!r}")
-    if abs(seed) >= 2**63:
-        raise ValueError(f"expected seed to be less than 2**63, got {seed!r}")
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _LARGEST):
+    if not is_whole(seed):
+        raise ValueError(f"expected seed to be a whole number of less than 2**63, got {seed!r}")
+    if size is not None and not (is_whole(size) and 1 <= size <= _LARGEST):
         raise ValueError(f"expected size to be a number of pixels, 1 to {_LARGEST}, got {size!r}")
     if size is not None and kind not in _WITH_SIZE:
         raise ValueError(f"expected size only with celeba and folder:PATH, got size={size} with {kind}; leave it out")

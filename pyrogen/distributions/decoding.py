@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyrogen.arguments import is_finite
+from pyrogen.arguments import is_finite, is_whole
 from pyrogen.distributions.bounds import finite_gradient
 
 __all__ = [
@@ -53,8 +53,8 @@ def parameter_shape(event_shape: int | Sequence[int], parameters: int) -> tuple[
         >>> parameter_shape((3, 32, 32), 2)
         (6, 32, 32)
     """
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-    if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+    shape = tuple(event_shape) if isinstance(event_shape, Sequence) else (event_shape,)
+    if not shape or any(not is_whole(size) or size < 1 for size in shape):
         raise ValueError(
             f"event_shape must be a positive integer or a non-empty tuple of them, got {event_shape!r}; "
             "give scalar data the shape (1,)"

@@ -17,7 +17,7 @@ from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyrogen.arguments import checked
+from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal
 from pyrogen.networks.mlp import as_shape
 
@@ -53,6 +53,7 @@ class Parameters(nn.Module):
 
     def __init__(self, outputs: int, context: int = 0) -> None:
         super().__init__()
+        check_counts(least=0, context=context)
         self.outputs = outputs
         self.context = context
         if context:

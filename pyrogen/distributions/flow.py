@@ -14,7 +14,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from pyrogen.arguments import checked
+from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions.bounds import finite_gradient
 from pyrogen.distributions.families import Parameters, positive_scale
 from pyrogen.distributions.flow_transforms import BUILDERS, Builder, Layer, Name, element_wise_spline
@@ -107,6 +107,7 @@ class Flow(nn.Module):
         super().__init__()
         self.features = features
         self.context = context
+        check_counts(least=0, context=context)
         self.transform = transform
         self.layers = layers
         self.hidden = hidden

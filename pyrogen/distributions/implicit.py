@@ -217,7 +217,7 @@ class Implicit(nn.Module):
         self.shape = as_shape(features)
         size = math.prod(self.shape)
         for name, value in {"context": context, "noise": 0 if noise is None else noise}.items():
-            if not is_whole(value) or value > LARGEST:
+            if not is_whole(value) or not 0 <= value <= LARGEST:
                 raise ValueError(f"{name} is a whole number, 0 or more, got {value!r}")
         self.noises = default_noise(size) if noise is None else noise
         if not (self.noises or context):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyrogen.arguments import LARGEST
+from pyrogen.arguments import LARGEST, is_whole
 from pyrogen.distributions.decoding import (
     LocationScale,
     Scale,
@@ -160,9 +160,9 @@ def _is_rgb(event_shape: Sequence[int]) -> bool:
 
 
 def _check_components(components: int) -> int:
-    if not isinstance(components, int) or isinstance(components, bool) or not 1 <= components <= LARGEST:
+    if not is_whole(components) or not 1 <= components <= LARGEST:
         raise ValueError(f"components must be a positive integer, got {components!r}; the paper uses 5")
-    return components
+    return int(components)
 
 
 class CategoricalLikelihood(nn.Module):

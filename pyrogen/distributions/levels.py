@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyrogen.arguments import LARGEST
+from pyrogen.arguments import LARGEST, is_whole
 from pyrogen.distributions.hyperbolic import langevin_ratio, log_sinhc
 
 __all__ = ["CategoricalLevels", "Levels", "LogisticMixtureLevels", "NormalLevels"]
@@ -58,9 +58,9 @@ class Levels(constraints.Constraint):
 
 def check_levels(levels: int) -> int:
     """Return the number of levels; raise ValueError unless it is an integer of at least 2."""
-    if not isinstance(levels, int) or isinstance(levels, bool) or not 2 <= levels <= LARGEST:
+    if not is_whole(levels) or not 2 <= levels <= LARGEST:
         raise ValueError(f"levels must be an integer of at least 2, got {levels!r}; 8-bit pixels have levels=256")
-    return levels
+    return int(levels)
 
 
 class _LevelsDistribution(TorchDistribution):

@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from pyrogen.arguments import checked
+from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions.bounds import log_sum_exp
 from pyrogen.distributions.families import Normal
 from pyrogen.distributions.implicit import apply_to_rows, check_context, default_noise
@@ -218,6 +218,7 @@ class SemiImplicit(nn.Module):
         super().__init__()
         self.features = features
         self.context = context
+        check_counts(least=0, context=context)
         self.noise = noise
         self.mixing = mixing
         self.draws = draws

@@ -355,7 +355,7 @@ def with_globals_held(pair: Prepared, batch: tuple[Tensor, ...] | None = None) -
 
 @contextmanager
 def aggregated(
-    model: Callable, guide: Callable, x: Tensor | Sequence[Tensor], *, seed: int, rows: int
+    model: Callable, guide: Callable | None, x: Tensor | Sequence[Tensor], *, seed: int, rows: int
 ) -> Iterator[Aggregate]:
     """The aggregate posterior of checked programs and observations, as in :func:`prepared`."""
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:

@@ -84,7 +84,7 @@ class TotalCorrelation:
 @checked()
 def total_correlation(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     samples: int = 1000,

@@ -54,7 +54,7 @@ class Proposal(nn.Module):
 @checked()
 def explicit_guide(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     steps: int = 300,
@@ -144,7 +144,7 @@ class _Rows(nn.Module):
         return self.network(torch.cat([x.reshape(len(x), -1).to(dtype) for x in batch], -1))
 
 
-def _built(pair: Prepared, model: Callable, guide: Callable) -> AmortizedGuide:
+def _built(pair: Prepared, model: Callable, guide: Callable | None) -> AmortizedGuide:
     example = tuple(x[:2] for x in pair.batch)
     like = next((x for x in pair.batch if x.is_floating_point()), torch.zeros(()))
     if isinstance(guide, AmortizedGuide):

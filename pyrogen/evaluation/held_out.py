@@ -100,7 +100,7 @@ def _tenths(value: float) -> str:
 @checked()
 def held_out_rate_estimate(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     steps: int = STEPS,
@@ -167,7 +167,7 @@ def held_out_rate_estimate(
 @checked()
 def held_out_marginal_kl_estimate(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     steps: int = STEPS,

@@ -68,7 +68,7 @@ class HeldOutDimensions:
 @checked()
 def held_out_dimension_kl_estimate(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     steps: int = STEPS,
@@ -132,7 +132,7 @@ def held_out_dimension_kl_estimate(
 @checked()
 def held_out_total_correlation_estimate(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     steps: int = STEPS,

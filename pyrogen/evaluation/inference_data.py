@@ -143,7 +143,7 @@ def to_arviz(
     """
     check_counts(draws=draws, chains=chains, particles=particles)
     for name, value in (("prior_draws", prior_draws), ("predictive_draws", predictive_draws)):
-        if not isinstance(value, int) or value < 0:
+        if value < 0:
             raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
     with prepared(run.model, run.guide, x, seed=seed, rows=rows) as pair:
         frame = Frame.of(pair, chains, draws, dims=dims, coords=coords)

@@ -54,7 +54,7 @@ class MarginalKL:
 @checked()
 def marginal_kl(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     samples: int = 1000,
@@ -136,7 +136,7 @@ def marginal_kl(
 @checked()
 def mutual_information(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     samples: int = 1000,

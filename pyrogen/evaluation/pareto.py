@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrogen.arguments import LARGEST, checked
+from pyrogen.arguments import LARGEST, checked, is_whole
 from pyrogen.evaluation.frames import arviz_major, import_arviz
 from pyrogen.evaluation.likelihood import checked_weights
 from pyrogen.evaluation.running import ROWS, pair_passes, prepared
@@ -57,7 +57,7 @@ class ParetoDiagnostic:
 @checked(but=("draws",))
 def pareto_diagnostic(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     draws: int = 1000,
@@ -104,7 +104,7 @@ def pareto_diagnostic(
         >>> pareto_diagnostic(toy.model, guide, toy.x[:5]).pareto_k.shape
         torch.Size([5])
     """
-    if not isinstance(draws, int) or not FEWEST_DRAWS <= draws <= LARGEST:
+    if not is_whole(draws) or not FEWEST_DRAWS <= draws <= LARGEST:
         raise ValueError(f"Pareto k needs a whole number of at least {FEWEST_DRAWS} draws, got {draws!r}")
     with prepared(model, guide, x, seed=seed, rows=rows) as pair:
         pair.need_density("Pareto k")
@@ -126,7 +126,7 @@ def pareto_diagnostic(
 @checked(but=("draws",))
 def pareto_k(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     draws: int = 1000,

@@ -51,7 +51,7 @@ class PriorHoles:
 @checked()
 def prior_holes(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     samples: int = 2000,
@@ -180,7 +180,7 @@ class MeanDiscrepancy:
 @checked()
 def mmd(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     samples: int = 1000,

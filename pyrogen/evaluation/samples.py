@@ -19,7 +19,7 @@ __all__ = ["posterior_samples", "prior_samples", "reconstruct", "sample"]
 @checked()
 def posterior_samples(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     draws: int,
     *,
@@ -99,7 +99,7 @@ def prior_samples(
 @checked()
 def reconstruct(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     seed: int = 0,
@@ -186,7 +186,7 @@ def sample(
         >>> sample(run, 4).shape
         torch.Size([4, 1, 8, 8])
     """
-    if not isinstance(n, int) or n < 1:
+    if n < 1:
         raise ValueError(f"n, the number of new observations, must be a whole number of at least 1, got {n!r}")
     batch = _stand_in(run, n, given)
     with prepared(run.model, run.guide, batch, seed=seed, rows=rows, guided=False, values=False) as pair:

@@ -121,7 +121,7 @@ class SimulationBasedCalibration:
 @checked(but=("simulations", "draws"))
 def simulation_based_calibration(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     simulations: int = 1000,

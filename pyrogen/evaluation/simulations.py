@@ -41,7 +41,7 @@ class Simulated:
 
 @contextmanager
 def simulating(
-    model: Callable, guide: Callable, x: Any, simulations: int, draws: int, seed: int, rows: int
+    model: Callable, guide: Callable | None, x: Any, simulations: int, draws: int, seed: int, rows: int
 ) -> Iterator[Prepared]:
     """Programs that simulations can check, as in :func:`~pyrogen.evaluation.running.prepared`."""
     check_counts(simulations=simulations, draws=draws)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyrogen.arguments import checked
@@ -411,7 +412,7 @@ def evaluate(
     chosen = known_parts(parts)
     x = x.test if isinstance(x, Data) else x
     for name, steps in (("explicit_steps", explicit_steps), ("ratio_steps", ratio_steps)):
-        if not isinstance(steps, int) or steps < 0:
+        if steps < 0:
             raise ValueError(f"{name} must be a whole number, 0 or more, got {steps!r}")
     with prepared(run.model, run.guide, x, seed=seed, particles=particles, rows=rows, guided=False) as pair:
         units = _latent_units(pair)
@@ -440,6 +441,8 @@ def _check_space(pair: Prepared, features: Any, training: Any) -> None:
     if features is not None:
         try:
             features_of(features, x=x[:2])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(f"features can't be called with observations {tuple(x.shape[1:])}: {error}") from error
     if training is not None and (not isinstance(training, Tensor) or training.shape[1:] != x.shape[1:]):

@@ -70,7 +70,7 @@ class TARP:
 @checked(but=("simulations", "draws"))
 def tarp(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     x: Tensor | Sequence[Tensor],
     *,
     simulations: int = 1000,

@@ -98,7 +98,7 @@ def c2st(first: Draws, second: Draws, *, folds: int = 5, classifier: Any = None,
         raise ValueError(
             f"expected at least 2 folds, with 2 draws of each set in each, got {folds} folds for {len(u)} and {len(v)}"
         )
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(seed % 2**64)
     count = min(len(u), len(v))
     chosen = [each[random.permutation(len(each))[:count]] for each in _standardised(u, v)]
     parts = np.array_split(np.arange(count), folds)
@@ -136,7 +136,7 @@ def _told(classifier: Any, sets: list[np.ndarray], training: np.ndarray, held: n
         width = min(10 * sets[0].shape[1], WIDEST)
         # A penalty and an early end, for draws are few; both were chosen by what is told of a scale off by a fifth.
         classifier = MLPClassifier(
-            (width, width), alpha=0.3, learning_rate_init=0.005, tol=1e-3, n_iter_no_change=5, random_state=seed
+            (width, width), alpha=0.3, learning_rate_init=0.005, tol=1e-3, n_iter_no_change=5, random_state=seed % 2**32
         )
     labels = np.repeat([False, True], len(training))
     with warnings.catch_warnings():

@@ -102,7 +102,7 @@ def _each(what: str, runs: Mapping[str, Run], draw: Any) -> dict[str, Tensor] | 
 
 def posterior_means(run: Run, rows: tuple[Tensor, ...], *, draws: int = 32, seed: int = 0) -> Tensor:
     """Posterior means of all latents that belong to an observation, ``(B, D)``, from so many draws."""
-    found = posterior_samples(run.model, run.guide, rows, draws, seed=seed)  # type: ignore[arg-type]
+    found = posterior_samples(run.model, run.guide, rows, draws, seed=seed)
     sites = getattr(run.guide, "sites", {})
     local = [z for name, z in found.items() if name not in sites or not sites[name].is_global]
     return torch.cat([z.mean(0).reshape(z.shape[1], -1) for z in local], 1)

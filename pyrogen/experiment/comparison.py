@@ -46,7 +46,7 @@ __all__ = ["ERROR", "compare"]
 ERROR = "error.txt"
 
 
-@checked(but=("guides",))
+@checked(but=("guides", "data"))
 def compare(
     model: Callable,
     guides: Mapping[str, tuple[Any, Objective]],

@@ -37,6 +37,7 @@ import pyro
 import torch
 from loky import BrokenProcessPool, ProcessPoolExecutor, cpu_count
 
+from pyrogen.arguments import is_whole
 from pyrogen.configuration import _FILE_PREFIX
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.folders import LOCK
@@ -116,7 +117,7 @@ def check_workers(workers: Any) -> Workers | None:
     """
     if workers == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError("workers='ray' needs Ray, which is not installed; install it with: pip install 'pyrogen[ray]'")
-    is_count = isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1
+    is_count = is_whole(workers) and workers >= 1
     if not (workers is None or workers == "ray" or is_count):
         raise ValueError(f"workers is a number of processes of at least 1, or 'ray', got {workers!r}")
     return workers

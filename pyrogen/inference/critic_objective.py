@@ -153,7 +153,7 @@ def _check_contrast(name: str, contrast: Any, draws: Draws) -> None:
     """Run a contrast once, so that a critic of a wrong shape is found before training."""
     try:
         loss, _ = contrast.loss_and_accuracies(draws)
-    except NotImplementedError:
+    except (NotImplementedError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, IndexError, TypeError) as error:
         raise ValueError(

@@ -105,6 +105,8 @@ class AmortizedGuide(PyroModule):
         try:
             with torch.no_grad(), evaluation_mode(encoder):
                 features = encoder(*batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(
                 f"the encoder can't read a batch of {', '.join(map(shown, batch))} ({error}); give it another inputs=, "

@@ -28,7 +28,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from pyrogen.arguments import check_are, check_counts
+from pyrogen.arguments import check_are, check_counts, plain
 from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
 from pyrogen.inference.programs import data_frame, per_row, rehearsal, row_axis, unregistered
@@ -259,7 +259,7 @@ class ELBO(Objective):
             raise ValueError(f"beta and free_bits cannot be negative, got beta={beta}, free_bits={free_bits}")
         if free_bits and sticking_the_landing:
             raise ValueError("free_bits needs expected divergences, sticking_the_landing samples them; choose one")
-        self.beta = beta
+        self.beta = beta if isinstance(beta, Tensor) else plain(beta)
         self.free_bits = free_bits
         self.sticking_the_landing = sticking_the_landing
 

@@ -60,7 +60,7 @@ EXAMPLE = 16
 """Rows on which a model is tried."""
 
 
-@checked(but=("run", "prior"))
+@checked(but=("run", "prior", "data"))
 def refit_prior(
     run: Run,
     prior: nn.Module,

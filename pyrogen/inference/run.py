@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pyrogen.arguments import LARGEST, check_counts, check_positive, checked, is_finite
+from pyrogen.arguments import LARGEST, check_counts, check_positive, checked, is_finite, is_whole, plain_as
 from pyrogen.configuration import build, describe
 from pyrogen.data.limits import FREE, check_links
 from pyrogen.inference.allowance import Allowance
@@ -30,6 +30,11 @@ from pyrogen.inference.reading import read_files
 from pyrogen.inference.turns import seeded
 
 __all__ = ["CriticOptions", "FitOptions", "Run", "load", "save", "write_yaml"]
+
+
+def _make_plain(options: Any) -> None:
+    for name, hint in get_type_hints(type(options)).items():
+        object.__setattr__(options, name, plain_as(getattr(options, name), hint))
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,14 @@ class CriticOptions:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         rate = self.learning_rate
         check_positive(or_none=True, **{"the critics' learning_rate": rate})
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
-        if self.steps is not None and not (type(self.steps) is int and 1 <= self.steps <= LARGEST):
+        if self.steps is not None and not (is_whole(self.steps) and 1 <= self.steps <= LARGEST):
             raise ValueError(f"critics need at least 1 step for each of the program, got steps={self.steps!r}")
-        if not (type(self.warmup) is int and 0 <= self.warmup <= LARGEST):
+        if not (is_whole(self.warmup) and 0 <= self.warmup <= LARGEST):
             raise ValueError(f"warmup is a whole number of steps, 0 or more, got {self.warmup!r}")
 
 
@@ -86,6 +92,7 @@ class FitOptions:
     non_finite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"give either epochs or steps, got epochs={self.epochs}, steps={self.steps}")
         check_counts(or_none=True, epochs=self.epochs, steps=self.steps, patience=self.patience)
@@ -93,7 +100,7 @@ class FitOptions:
             batch_size=self.batch_size, validate_every=self.validate_every, checkpoint_every=self.checkpoint_every
         )
         loaders = self.loader_workers
-        if not (type(loaders) is int and 0 <= loaders <= LARGEST):
+        if not (is_whole(loaders) and 0 <= loaders <= LARGEST):
             raise ValueError(f"loader_workers is how many processes read data, 0 for none besides, got {loaders!r}")
         if self.matmul_precision not in ("highest", "high", "medium"):
             raise ValueError(f"matmul_precision is 'highest', 'high' or 'medium', got {self.matmul_precision!r}")
@@ -101,8 +108,8 @@ class FitOptions:
             raise ValueError(f"non_finite is 'stop' or 'skip', got {self.non_finite!r}")
         check_positive(learning_rate=self.learning_rate)
         check_positive(or_none=True, gradient_clip=self.gradient_clip)
-        if type(self.seed) is not int or abs(self.seed) >= 2**63:
-            raise ValueError(f"seed must be a whole number of 64 bits, got {self.seed!r}")
+        if not is_whole(self.seed):
+            raise ValueError(f"seed must be a whole number of less than 2**63, got {self.seed!r}")
         for name in ("device", "precision"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a string, got {getattr(self, name)!r}")

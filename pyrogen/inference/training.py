@@ -191,8 +191,10 @@ def fit(
                 raise ValueError("resume needs out=, the folder of the run that shall go on")
             if folder is not None and processes.first:
                 prepare_folder(folder, overwrite=overwrite, resume=bool(resume))
-            batches, validation = training_and_validation(data, batch_size, seed)
-            batches = dataclasses.replace(batches, rank=processes.rank, ranks=processes.count, workers=loader_workers)
+            batches, validation = training_and_validation(data, options.batch_size, options.seed)
+            batches = dataclasses.replace(
+                batches, rank=processes.rank, ranks=processes.count, workers=options.loader_workers
+            )
             if validation is not None:
                 validation = dataclasses.replace(validation, rank=processes.rank, ranks=processes.count)
             if patience is not None and validation is None:
@@ -205,7 +207,7 @@ def fit(
                     check_values(model, part)
             objective.check_guide(guide)
             check_programs(model, guide, *example, guided=objective.uses_guide)
-        with seeded(processes.seed(seed), fabric.device), _matmul_precision(matmul_precision):
+        with seeded(processes.seed(options.seed), fabric.device), _matmul_precision(matmul_precision):
             with processes.together():
                 run = Run(
                     model=as_module(model, *example),

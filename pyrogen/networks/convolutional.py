@@ -108,7 +108,7 @@ class ConvEncoder(nn.Module):
         return self.layers(x.reshape(batch.numel(), *self.input_shape)).reshape(batch + self.output_shape)
 
 
-@checked(but=("outputs",))
+@checked()
 class ConvDecoder(nn.Module):
     """A convolutional decoder, the mirror of :class:`ConvEncoder`: transposed convolutions double the image.
 
@@ -135,7 +135,7 @@ class ConvDecoder(nn.Module):
     def __init__(
         self,
         inputs: int | Sequence[int],
-        outputs: Sequence[int],
+        outputs: int | Sequence[int],  # an int is refused in better words below
         channels: Sequence[int] | None = None,
         *,
         hidden: Sequence[int] = (256,),

@@ -139,7 +139,7 @@ class ResNetEncoder(nn.Module):
         return self.layers(x.reshape(batch.numel(), *self.input_shape)).reshape(batch + self.output_shape)
 
 
-@checked(but=("outputs",))
+@checked()
 class ResNetDecoder(nn.Module):
     """A residual decoder, the mirror of :class:`ResNetEncoder`: a linear map, then doubling stages.
 
@@ -165,7 +165,7 @@ class ResNetDecoder(nn.Module):
     def __init__(
         self,
         inputs: int | Sequence[int],
-        outputs: Sequence[int],
+        outputs: int | Sequence[int],  # an int is refused in better words below
         channels: Sequence[int] | None = None,
         *,
         blocks: int = 2,

@@ -99,7 +99,7 @@ _PARTS = _ODD | {
 WRONG: dict[str, dict[str, Any]] = {
     "count": _COUNTS,
     "count or zero": {key: value for key, value in _COUNTS.items() if key != "zero"},
-    "seed": {key: value for key, value in _COUNTS.items() if key not in ("zero", "minus one")},
+    "seed": {key: value for key, value in _COUNTS.items() if key not in ("zero", "minus one")},  # _same has some
     "number": _REAL,
     "weight": _REAL | {"minus one": -1.0},
     "positive": _REAL | {"minus one": -1.0, "zero": 0.0},
@@ -177,6 +177,21 @@ KINDS: dict[str, str] = {
 """The kind of an argument by its name, unless it is a tensor or a call says otherwise."""
 
 
+def _same(value: Any, kind: str) -> dict[str, Any]:
+    """An argument in other guises in which people have it, each of which must be taken."""
+    if kind == "seed":
+        return {"negative": -3, "smallest": 1 - 2**63, "of numpy": np.int64(3), "of torch": torch.tensor(3)}
+    if isinstance(value, bool):
+        return {"of numpy": np.bool_(value)}
+    if isinstance(value, int):
+        return {"of numpy": np.int64(value), "of numpy in 16 bits": np.int16(value), "of torch": torch.tensor(value)}
+    if isinstance(value, float):
+        return {"of numpy": np.float64(value), "in 32 bits": np.float32(value), "of torch": torch.tensor(value)}
+    if isinstance(value, tuple) and value and kind in ("sizes", "shape", "numbers"):
+        return {"an array": np.array(value), "a list": [*value], "an iterator": lambda: iter(value)}
+    return {}
+
+
 def _benign(x: Tensor) -> dict[str, Any]:
     """The same numbers in other memory and types, and more than there can be: any clean end is right."""
     odd: dict[str, Any] = {
@@ -239,6 +254,12 @@ class Catalogue:
                 partial(function, **arguments | {argument: value}),
                 *(words if must_be_refused else ()),
             )
+        for argument, value in arguments.items():
+            for what, same in _same(value, call[2].get(argument) or KINDS.get(argument, "")).items():
+                given = arguments | {argument: same() if inspect.isfunction(same) else same}
+                error = _ended(partial(function, **given))
+                fault = f"refused: {type(error).__name__}: {error}" if error else ""
+                self.count(f"{name}({argument}={what})", fault, "unclean" if error else "accepted rightly")
 
     def refused(self, where: str, run: Callable[[], Any], *words: str) -> None:
         """Note how something ends that has to be refused with one of these words, or may be without any."""
