@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from pyrogen.arguments import checked
 from pyrogen.configuration import describe
 from pyrogen.data import Data
+from pyrogen.data.limits import read_yaml
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.evaluation.parts import DEFAULT, known_parts
 from pyrogen.experiment.artifacts import write_artifacts
@@ -44,6 +45,8 @@ from pyrogen.inference.turns import seeded
 __all__ = ["ERROR", "compare"]
 
 ERROR = "error.txt"
+LONGEST = 1000
+"""Characters of a message that shows settings."""
 
 
 @checked(but=("guides", "data"))
@@ -445,12 +448,13 @@ def _check_same(folder: Path, values: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        there = read_yaml(path)
         differing = [key for key in {*there, *values} if there.get(key) != values.get(key)]
-    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or start anew with overwrite") from error
     if differing:
         changes = "; ".join(f"{key}: {there.get(key)!r} there, {values.get(key)!r} now" for key in differing)
+        changes = changes if len(changes) < LONGEST else f"{changes[:LONGEST]}…"
         raise ValueError(f"{folder} holds another comparison ({changes}); resume it with the same settings")
 
 

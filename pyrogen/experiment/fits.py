@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 
+from pyrogen.data.limits import read_yaml
 from pyrogen.evaluation import evaluate
 from pyrogen.experiment.table import row_of, steps_of
 from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objective, Run, fit, load
@@ -115,10 +115,10 @@ def _known_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...]) -> dic
     if path is None or not path.is_file():
         return None
     try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = read_yaml(path)
         same = known["steps"] == steps_of(run) and known["rows"] == fingerprint(rows)
         return known["figures"] if same else None
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -348,9 +348,12 @@ def load(
         options = {k: v for k, v in settings["options"].items() if not _is_not_described(v)}
         with bounded:
             example = make_example(settings["example"])
+            # Programs that are functions run once, to find their parts.
+            model = as_module(model, *example)
+            guide = None if guide is None else as_module(guide, *example)
         run = Run(
-            model=as_module(model, *example),
-            guide=None if guide is None else as_module(guide, *example),
+            model=model,
+            guide=guide,
             objective=objective,
             history=history,
             options=FitOptions(**build(options, trust=trust)),

@@ -148,6 +148,12 @@ def test_tags_of_yaml_do_nothing(text, name, run, refused, untouched):
     assert untouched()
 
 
+@pytest.mark.parametrize("text", ["a: !!bool foo", "a: !!int ''", "a: !!timestamp foo", "a: 2024-13-45"])
+def test_values_that_are_none_are_refused(text, refused):
+    Path("settings.yaml").write_text(text)
+    assert "settings.yaml is damaged" in refused("fit", "--config", "settings.yaml", *SILENT)
+
+
 def test_settings_that_fits_write_are_of_the_same_kind(fitted, untouched):
     """A stranger's fit is made again without trust, as its run is loaded without."""
     assert main(["fit", "--config", str(fitted / "fit.yaml"), *SILENT, "--out", "again"]) == 0
