@@ -197,6 +197,8 @@ def _config_action(groups: tuple[type, ...], trust: bool) -> type[ActionConfigFi
             if not (path := Path(values)).exists():
                 raise FileNotFoundError(f"there is no file {path}")
             settings = read_yaml(path)
+            if isinstance(settings, dict) and {"format", "options"} <= settings.keys():
+                raise ValueError(f"{path} is the record of a run; its settings for --config are in fit.yaml beside it")
             for key, value in settings.items() if isinstance(settings, dict) else ():
                 if value and str(key).rstrip("+") in ("trust", "overwrite", "anyway", "config"):
                     raise ValueError(f"{path} sets '{key}', which is only taken from the command line; remove it")

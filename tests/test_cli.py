@@ -401,6 +401,20 @@ def test_report_of_two_comparisons_names_fits_apart(comparison, tmp_path, no_pic
     assert len(set(names)) == 4 and "copy/Normal ELBO" in names
 
 
+def test_the_record_of_a_run_is_no_settings_file(run, capsys):
+    assert main(["fit", "--config", str(run / "run.yaml")]) == 2
+    assert "is the record of a run; its settings for --config are in fit.yaml" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_cannot_be_noted_is_not_lost(run, monkeypatch, capsys, caplog):
+    def full(path, *_):
+        raise pg.inference.WriteError(f"{path} could not be written: No space left on device")
+
+    monkeypatch.setattr(commands, "atomically", full)
+    assert main(["evaluate", str(run), "--rows", "5", "--particles", "2", "--parts", "likelihood"]) == 0
+    assert "log-likelihood" in capsys.readouterr().out and "No space left" in caplog.text
+
+
 def test_samples_as_numbers(run, tmp_path):
     assert main(["sample", str(run), "--n", "7", "--out", "new.npz", "--seed", "3"]) == 0
     drawn = np.load(tmp_path / "new.npz")["samples"]  # noqa: TID251 (of our own making)

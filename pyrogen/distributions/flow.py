@@ -155,7 +155,7 @@ class Standardising(T.AffineTransform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         farthest = torch.finfo(y.dtype).max ** FARTHEST
-        x = finite_gradient(y - self.loc) / finite_gradient(self.scale)
+        x = finite_gradient(y - self.loc) / finite_gradient(cast(Tensor, self.scale))
         return x.clamp(-farthest, farthest)
 
 

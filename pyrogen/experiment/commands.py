@@ -36,7 +36,7 @@ from pyrogen.experiment.report import REPORT, write_report
 from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective, chosen_parts
 from pyrogen.experiment.table import Comparison, printable, row_of, steps_of
 from pyrogen.experiment.workers import check_workers
-from pyrogen.inference import OutputExistsError, Run, fit, load
+from pyrogen.inference import OutputExistsError, Run, WriteError, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.folders import COMPARISON, SETTINGS, contents, is_run, locked
@@ -392,7 +392,7 @@ def _note_evaluation(
             others, entry = _joined(entry, read_evaluations(path))
             with atomically(path) as temporary:
                 temporary.write_text(yaml.safe_dump([*others, entry], sort_keys=False), encoding="utf-8")
-    except OutputExistsError as error:  # hours of a fit, which nobody who evaluates need wait for
+    except (OutputExistsError, WriteError) as error:  # a fit of hours, a full disk: no reason to lose what was found
         _log.warning("%s is not written: %s", path, error)
         _, entry = _joined(entry, read_evaluations(path))
     return entry

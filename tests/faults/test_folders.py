@@ -442,7 +442,13 @@ def test_evaluations_of_one_run_at_once_are_all_noted(two, tmp_path, monkeypatch
     folder = shutil.copytree(two[0], tmp_path / "run")
     run = pg.load(folder)
     read = commands.read_evaluations
-    monkeypatch.setattr(commands, "read_evaluations", lambda path: (read(path), time.sleep(0.3))[0])
+
+    def slowly(path):
+        entries = read(path)
+        time.sleep(0.3)
+        return entries
+
+    monkeypatch.setattr(commands, "read_evaluations", slowly)
     threads = [threading.Thread(target=noted, args=(folder, run, seed)) for seed in range(3)]
     for thread in threads:
         thread.start()
