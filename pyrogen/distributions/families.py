@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import ReshapeTransform
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -72,7 +73,8 @@ class Parameters(nn.Module):
         if context is None or context.shape[-1] != self.context:
             came = "none" if context is None else f"shape {tuple(context.shape)}"
             raise ValueError(f"expected a context of shape (..., {self.context}), got {came}")
-        return self.linear(context)
+        # As an effect, so that particles, which share a context, can share the work.
+        return effectful(self.linear, type="linear")(context, name="linear")
 
     @property
     def initial(self) -> Tensor:

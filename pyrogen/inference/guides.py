@@ -291,6 +291,8 @@ def _plate(frame: CondIndepStackFrame, rows: int) -> pyro.plate:
 
 def _place(site: Site, context: Tensor) -> Tensor:
     """Bring a context ``(B, *nested plates, C)``, or ``(*plates, C)`` at a global site, to the plates' dimensions."""
+    if len(site.plates) == 1 and _dim(site.plates[0]) == -1:
+        return context
     plates = sorted(site.plates, key=lambda plate: plate.name != "data")
     dims = [_dim(plate) for plate in plates]
     order = sorted(range(len(dims)), key=lambda axis: dims[axis])

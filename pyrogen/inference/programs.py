@@ -359,8 +359,9 @@ class Copies(Messenger):
     """Run programs on ``copies`` copies of a batch, with the encoder's work done once for each row.
 
     Particles are copies of the rows, so whatever handles a batch handles particles, and global sites are drawn once.
-    Inside this handler a guide's :func:`encode` sees the first copy only and its result is repeated. A guide that is
-    run :meth:`again` gets the features of its first run as constants, so that an encoder with dropout gives the same.
+    Inside this handler a guide's :func:`encode` sees the first copy only and its result is repeated, and so is what
+    :class:`~pyrogen.distributions.families.Parameters` make of just that. A guide that is run :meth:`again` gets the
+    features of its first run as constants, so that an encoder with dropout gives the same.
     """
 
     def __init__(self, copies: int) -> None:
@@ -368,6 +369,7 @@ class Copies(Messenger):
         self.copies = copies
         self.features: list[Tensor] = []
         self.known: Iterator[Tensor] | None = None
+        self._repeated: list[tuple[Tensor, Tensor]] = []  # with what it is copies of
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -386,7 +388,14 @@ class Copies(Messenger):
             features = msg["fn"](*(x[:rows] for x in msg["args"]))
             msg["value"] = repeat((features,), self.copies)[0]
             self.features.append(msg["value"])
+            self._repeated.append((msg["value"], features))
         msg["done"] = True
+
+    def _pyro_linear(self, msg: dict[str, Any]) -> None:
+        for repeated, features in self._repeated:
+            if msg["args"][0] is repeated:
+                msg["value"] = repeat((msg["fn"](features),), self.copies)[0]
+                msg["done"] = True
 
 
 def encode(encoder: Callable, *batch: Tensor) -> Tensor:

@@ -194,6 +194,37 @@ class TestParts:
         )
         assert found.amortization_gap > 0 and found.gap_observations == 4 and found.annealed_observations == 8
 
+    def test_a_reference_tells_a_right_guide_from_a_wide_one(self, ppca, exact, wide, make_run, monkeypatch):
+        monkeypatch.setattr(parts_of_an_evaluation, "REFERENCES", 2)
+        model, x = ppca
+        right, wrong = (evaluate(make_run(model, each, x), x[:8], parts="reference") for each in (exact, wide))
+        # Of 1000 draws on each side a classifier that can't tell is right in a half, and errs by 0.02 or so.
+        assert 0.44 < right.c2st < 0.56 < wrong.c2st and right.sliced_wasserstein < 0.5 * wrong.sliced_wasserstein
+        assert right.reference_r_hat < 1.05 and right.reference_observations == 2
+
+    def test_what_a_reference_is_not_for(self, ppca, exact, global_mean, make_run, monkeypatch):
+        model, x = ppca
+        assert "no guide" in evaluate(make_run(model, None, x), x[:8], parts="reference").reasons["reference"]
+        run = make_run(global_mean.model, global_mean.guide, global_mean.x)
+        assert "global sites" in evaluate(run, global_mean.x, parts="reference").reasons["reference"]
+        monkeypatch.setattr(parts_of_an_evaluation, "FEWEST_DRAWS", 10**6)
+        found = evaluate(make_run(model, exact, x), x[:4], parts="reference")
+        assert "NUTS has not converged" in found.reasons["reference"] and math.isnan(found.c2st)
+
+    def test_parts_that_need_a_guide_or_one_visible_space(self, ppca, make_run):
+        model, x = ppca
+        found = evaluate(make_run(model, None, x), x[:20], parts=["gap", "aggregate"])
+        assert found.reasons == {"gap": "there is no guide", "aggregate": "there is no guide"}
+
+        def two(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(5, dtype=x.dtype), 1.0).to_event(1))
+                pyro.sample("a", dist.Normal(z, 1.0).to_event(1), obs=x)
+                pyro.sample("b", dist.Normal(z.sum(-1), 1.0), obs=x[:, 0])
+
+        found = evaluate(make_run(two, None, x), x[:20], parts=["samples", "wasserstein"])
+        assert "sites ['a', 'b']" in found.reasons["samples"] and found.reasons["wasserstein"]
+
     @pytest.mark.parametrize("parts", [["bounds"], [], "everything"])
     def test_unknown_ones_are_refused(self, ppca, wide, make_run, parts):
         model, x = ppca

@@ -24,6 +24,7 @@ from pyrogen.distributions import (
 )
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide
 from pyrogen.inference.checks import check_programs
+from pyrogen.inference.programs import Copies
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP
 
@@ -270,6 +271,23 @@ def test_encoder_runs_once_for_each_row_whatever_the_particles():
     spy.rows.clear()
     IWAE(11)(two_sites, guide)(torch.randn(4, 2))
     assert spy.rows == [4]
+
+
+def test_particles_share_the_parameters_that_follow_from_features_alone(monkeypatch, float64):
+    guide = AmortizedGuide(two_sites, MLP(2, 8))
+    x, seen = torch.randn(4, 2), list[list[int]]()
+    for conditional in guide.conditionals.children():
+        conditional.parameters_of.linear.register_forward_hook(lambda _, given, __: seen[-1].append(len(given[0])))
+
+    def gradients():
+        seen.append([])
+        torch.manual_seed(1)
+        return torch.autograd.grad(IWAE(11)(two_sites, guide)(x), [*guide.parameters()])
+
+    shared = gradients()
+    monkeypatch.delattr(Copies, "_pyro_linear")
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(shared, gradients(), strict=True))
+    assert seen == [[4, 44], [44, 44]]
 
 
 def test_covariates_reach_model_and_encoder():

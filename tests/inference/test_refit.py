@@ -29,9 +29,9 @@ from pyrogen.distributions import (
 )
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.evaluation import importance_sampling, rate_distortion
-from pyrogen.inference import AAE, ELBO, GAN, AmortizedGuide, FitOptions, Run
+from pyrogen.inference import AAE, ELBO, GAN, AmortizedGuide, FitOptions, NonFiniteLoss, Run
 from pyrogen.inference.expectation_maximisation import expectation_maximisation
-from pyrogen.inference.programs import Copies, as_module, describe_example, unregistered
+from pyrogen.inference.programs import Copies, as_module, describe_example, no_sites, unregistered
 from pyrogen.inference.refit import refit_prior
 from pyrogen.inference.with_prior import TwoStageGuide, WithPrior
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
@@ -456,6 +456,17 @@ def named_u(x):
         pyro.sample("x", dist.Normal(u, 1.0).to_event(1), obs=x)
 
 
+def rates(x):
+    with pyro.plate("data", len(x)):
+        r = pyro.sample("r", dist.Gamma(torch.full((2,), 2.0), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(r, 1.0).to_event(1), obs=x)
+
+
+def observed(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x)
+
+
 def guided(model, x):
     return as_run(as_module(model, x), AmortizedGuide(model, nn.Linear(2, 4), example=x), x)
 
@@ -483,12 +494,24 @@ def test_the_site_is_the_root():
         (shared, None, r"'theta' stands outside the plate \"data\".*'z' stands in the plates \['data', 'copies'\]"),
         (chain, "t", r"no latent site 't'; its sites are \['s', 'z'\]"),
         (two_roots, "b", r"values of shape \(2,\), but the latent site 'b' has shape \(\)"),
+        (rates, None, "the prior has draws on the whole space, but the latent site 'r' has support"),
     ],
 )
 def test_sites_that_can_have_no_other_prior(model, site, message):
     x = torch.randn(20, 2)
     with pytest.raises(ValueError, match=message):
         refit_prior(guided(model, x), Normal(2), x, site=site, progress=False)
+
+
+class Several(nn.Module):
+    """A prior that is one distribution for each of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2, 2))
+
+    def forward(self):
+        return dist.Normal(self.loc, 1.0).to_event(1)
 
 
 class Positive(nn.Module):
@@ -534,6 +557,7 @@ def test_what_does_not_fit_is_refused():
         (model, {"guide": run.guide}, "share parameters with the run"),
         (Flow(2), {"epochs": 0}, "epochs must be a whole number of at least 1"),
         (Positive((2, 2)), {}, r"values of shape \(2, 2\)"),
+        (Several(), {}, r"the prior is \(2,\) distributions, and one for all observations is expected"),
     ):
         with pytest.raises(ValueError, match=message):
             refit_prior(run, prior, x, progress=False, **options)
@@ -551,6 +575,15 @@ def test_what_does_not_fit_is_refused():
     x = torch.randn(20, 2)
     with pytest.raises(ValueError, match="has a site 'u' already"):
         refit_prior(guided(named_u, x), model, x, guide=guide, progress=False)
+
+
+def test_what_has_no_draws_is_refused():
+    x = torch.randn(20, 2)
+    with pytest.raises(ValueError, match="the model has no latent site, so it has no prior to fit"):
+        refit_prior(as_run(as_module(observed, x), as_module(no_sites, x), x), Mixture(2), x, progress=False)
+    model = LatentVariableModel(StandardNormal(2), NormalLikelihood(nn.Linear(2, 2)))
+    with pytest.raises(NonFiniteLoss, match="the guide's draws of site 'z' are not all finite"):
+        refit_prior(as_run(model, Line(float("inf")), x), Mixture(2, components=2), x, progress=False)
 
 
 @pytest.mark.usefixtures("parameter_store")
