@@ -195,12 +195,13 @@ class TestParts:
         assert found.amortization_gap > 0 and found.gap_observations == 4 and found.annealed_observations == 8
 
     def test_a_reference_tells_a_right_guide_from_a_wide_one(self, ppca, exact, wide, make_run, monkeypatch):
-        monkeypatch.setattr(parts_of_an_evaluation, "REFERENCES", 2)
+        monkeypatch.setattr(parts_of_an_evaluation, "REFERENCES", 1)
+        monkeypatch.setattr(parts_of_an_evaluation, "REFERENCE_DRAWS", 250)
         model, x = ppca
         right, wrong = (evaluate(make_run(model, each, x), x[:8], parts="reference") for each in (exact, wide))
-        # Of 1000 draws on each side a classifier that can't tell is right in a half, and errs by 0.02 or so.
-        assert 0.44 < right.c2st < 0.56 < wrong.c2st and right.sliced_wasserstein < 0.5 * wrong.sliced_wasserstein
-        assert right.reference_r_hat < 1.05 and right.reference_observations == 2
+        # Of some 500 draws on each side a classifier that can't tell is right in a half, and errs by 0.03 at most.
+        assert 0.42 < right.c2st < 0.58 < wrong.c2st and right.sliced_wasserstein < 0.5 * wrong.sliced_wasserstein
+        assert right.reference_r_hat < 1.05 and right.reference_observations == 1
 
     def test_what_a_reference_is_not_for(self, ppca, exact, global_mean, make_run, monkeypatch):
         model, x = ppca
@@ -208,6 +209,8 @@ class TestParts:
         run = make_run(global_mean.model, global_mean.guide, global_mean.x)
         assert "global sites" in evaluate(run, global_mean.x, parts="reference").reasons["reference"]
         monkeypatch.setattr(parts_of_an_evaluation, "FEWEST_DRAWS", 10**6)
+        monkeypatch.setattr(parts_of_an_evaluation, "REFERENCES", 1)
+        monkeypatch.setattr(parts_of_an_evaluation, "REFERENCE_DRAWS", 20)
         found = evaluate(make_run(model, exact, x), x[:4], parts="reference")
         assert "NUTS has not converged" in found.reasons["reference"] and math.isnan(found.c2st)
 
