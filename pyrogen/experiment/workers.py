@@ -47,6 +47,7 @@ __all__ = ["Job", "Outcome", "Workers", "check_workers", "open_pool", "perform_a
 Workers = int | Literal["ray"]
 
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_CUDNN = ("enabled", "benchmark", "deterministic")
 _PERIOD = 0.5
 """Seconds between looks at how far jobs are."""
 
@@ -96,6 +97,9 @@ class _Place:
     matmul_precision: str = field(default_factory=torch.get_float32_matmul_precision)
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
     warn_only: bool = field(default_factory=torch.is_deterministic_algorithms_warn_only_enabled)
+    cudnn: dict[str, bool] = field(
+        default_factory=lambda: {each: getattr(torch.backends.cudnn, each) for each in _CUDNN}
+    )
     pyro_settings: dict[str, Any] = field(default_factory=pyro.settings.get)
 
     def settle(self) -> None:
@@ -105,6 +109,8 @@ class _Place:
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
+        for name, value in self.cudnn.items():
+            setattr(torch.backends.cudnn, name, value)
         known = pyro.settings.get()  # which lacks what a script has registered
         pyro.settings.set(**{name: value for name, value in self.pyro_settings.items() if name in known})
 

@@ -401,6 +401,7 @@ def test_what_torch_and_pyro_were_set_to_is_so_in_workers(tmp_path):
             torch.set_default_dtype(torch.float64)
             torch.set_float32_matmul_precision("medium")
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = True
             place = now(directory=tmp_path)
         before.settle()
         assert now() == before != place
