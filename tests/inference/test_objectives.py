@@ -357,6 +357,24 @@ def test_free_bits_bound_each_dimension_from_below(ppca):
     assert (kl < free).any() and (kl > free).any()
 
 
+def test_free_bits_bound_each_dimension_of_a_nested_plate(float64):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", 3, dim=-2):
+            u = pyro.sample("u", dist.Normal(torch.zeros(2), torch.tensor([1.0, 3.0])).to_event(1))
+            pyro.sample("x", dist.Normal(u.sum(-1), 0.5), obs=x.T)
+
+    x = torch.randn(4, 3)
+    guide = AmortizedGuide(model, nn.Identity(), example=x)
+    estimate = ELBO(free_bits=0.7).estimate(model, guide, x)
+    q, p = (trace.nodes["u"]["fn"] for trace in (estimate.terms.guide_trace, estimate.terms.model_trace))
+    kl = (
+        torch.distributions.kl_divergence(q.base_dist, p.base_dist).sum(0).mean(0)
+    )  # of the three parts, for each dimension
+    rate = estimate.loss + estimate.terms.log_likelihood.mean()
+    torch.testing.assert_close(rate, kl.clamp(min=0.7).sum())
+    assert kl.shape == (2,) and (kl < 0.7).any() and (kl > 0.7).any()
+
+
 def test_beta_follows_its_schedule(ppca):
     model, x = ppca
     guide = AmortizedGuide(model, nn.Identity(), Normal)
