@@ -494,6 +494,18 @@ def test_real_vectors_from_a_file(tmp_path, capsys):
     assert main(["sample", "out", "--out", "new.png"]) == 2
 
 
+def test_data_that_are_named_are_binarised_as_in_the_fit(tmp_path, capsys):
+    values = np.random.default_rng(0).random((60, 4)).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", train=values)
+    assert main(["fit", *SMALL, "--data", "array:mine.npz", "--binarize", "static", "--out", "out"]) == 0
+    evaluate = ["evaluate", "out", "--parts", "bound"]
+    assert main(evaluate) == 2
+    assert f"give --data array:{tmp_path}/mine.npz if that is" in one_line(capsys)
+    assert main([*evaluate, "--trust"]) == main([*evaluate, "--data", "array:mine.npz"]) == 0
+    (entry,) = yaml.safe_load((tmp_path / "out" / "evaluation.yaml").read_text())  # of one and the same data
+    assert entry["data"]["binarize"] == "static"
+
+
 def test_data_that_change_between_runs_are_named(tmp_path, capsys):
     values = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
     command = ["fit", *SMALL, "--data", "array:mine.npz", "--out", "out"]

@@ -125,7 +125,7 @@ class EvaluateSettings:
 
     Args:
         run: The folder that a fit wrote.
-        data: The data set; by default the one of the fit.
+        data: The data set; by default the one of the fit. One of the same kind is binarised as that.
         root: The folder that holds the data sets; by default that of the fit.
         split: Which rows: test, validation or train.
         rows: Only the first so many rows; by default all.
@@ -184,7 +184,7 @@ class ReportSettings:
     Args:
         runs: Folders that a fit or a comparison wrote; a comparison stands for all its fits.
         out: The folder for the report; by default that of the one run, or a new one such as runs/report-001.
-        data: The data set; by default the one of the fits.
+        data: The data set; by default the one of the fits. One of the same kind is binarised as that.
         root: The folder that holds the data sets; by default that of the fits.
         split: Which rows: test, validation or train.
         rows: Only the first so many rows; by default as many as the comparison used, otherwise all.
@@ -309,7 +309,11 @@ def _load(folder: str, trust: bool) -> Run:
 
 def _data_of(run: Run, folder: str | Path, settings: EvaluateSettings | ReportSettings) -> Data:
     if settings.data is not None:
-        return data_sets.load(settings.data, root=settings.root)
+        there = run.data if isinstance(run.data, dict) else {}
+        # Data of the same kind are prepared as in the fit.
+        same = str(there.get("name")).partition(":")[0] == settings.data.partition(":")[0]
+        how = {key: there[key] for key in ("binarize", "seed", "size") if same and key in there}
+        return data_sets.load(settings.data, root=settings.root, **how)
     if not run.data:
         raise ValueError(f"{folder} was not fitted to a data set with a name; give one with --data")
     if not isinstance(run.data, dict) or not isinstance(run.data.get("name"), str):
@@ -460,7 +464,9 @@ def _data_of_all(fits: list[Fitted], settings: ReportSettings) -> Data:
     first = fits[0]
     sources = [{k: v for k, v in (each.run.data or {}).items() if k != "root"} for each in fits]
     for each, source in zip(fits, sources, strict=True):
-        if settings.data is None and source != sources[0]:
+        if source != sources[0]:
+            if settings.data is not None:
+                return data_sets.load(settings.data, root=settings.root)
             raise ValueError(
                 f"'{first.name}' was fitted to {sources[0]} and '{each.name}' to {source}, so their figures can't "
                 "stand in one table; report on them one by one, or name the data for all with --data"
