@@ -42,7 +42,9 @@ TABLE = 2**26
 LONGEST_TIME = 64
 """Characters of a number of base 60, such as 1:30:00."""
 NODES = 250_000
-"""Values of a YAML file, each counted wherever an alias repeats it."""
+"""Values of a YAML file, each counted wherever an alias repeats it, and a long text as several."""
+OF_A_VALUE = 64
+"""Characters of a text that count as a value."""
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """What zipfile unpacks in steps; of the others it may unpack everything at once."""
 
@@ -216,10 +218,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _repeated(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes there are, those under an alias counted each time."""
+    """How many values there are, those under an alias counted each time."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value) // OF_A_VALUE
     if id(node) not in known:
         known[id(node)] = NODES + 1  # for one that holds itself
-        parts = node.value if isinstance(node, yaml.CollectionNode) else []
-        parts = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+        parts = [each for part in node.value for each in (part if isinstance(part, tuple) else (part,))]
         known[id(node)] = min(NODES + 1, 1 + sum(_repeated(part, known) for part in parts))
     return known[id(node)]

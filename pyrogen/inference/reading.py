@@ -48,12 +48,24 @@ def _text_of(path: Path, values: dict[str, Any]) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{path.parent / WEIGHTS} is damaged: it lacks {path.name}; restore it from a copy")
     with contextlib.suppress(FileNotFoundError):
-        if read_bytes(path, TABLE) != text.encode():
+        if not _says(path, text):
             raise ValueError(
                 f"{path} and {WEIGHTS} beside it are not of one run: one was changed, cut short or taken from another. "
                 f"Restore them from a copy; or if the weights are right, delete {path.name}, which they hold too"
             )
     return text
+
+
+def _says(path: Path, text: str) -> bool:
+    """Whether a file says what a text does, be it with other ends of lines or quotes, as an editor may write it."""
+    if (content := read_bytes(path, TABLE)) == text.encode():
+        return True
+    parse = parse_yaml if path.name == SETTINGS else lambda text: read_history(text, path.parent).to_dict("list")
+    try:
+        # As text, for NaN does not equal itself, and 1 equals True.
+        return repr(parse(content.decode("utf-8-sig"))) == repr(parse(text))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _text_of_1(path: Path, values: dict[str, Any]) -> str:

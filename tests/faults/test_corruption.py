@@ -2,8 +2,10 @@
 
 import ast
 import random
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -121,10 +124,32 @@ def test_no_changed_bit_goes_unnoticed(name, folder):
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_cut_short_goes_unnoticed(name, folder):
     content = (folder / name).read_bytes()
-    places = [0, 1, 7, 8, 9, *(len(content) * part // 16 for part in range(1, 16)), len(content) - 1]
+    places = [0, 1, 7, 8, 9, *(len(content) * part // 16 for part in range(1, 16))]
+    places += [len(content) - 2, *([len(content) - 1] if name in (WEIGHTS, CHECKPOINT) else [])]  # copies end a line
     use = gone_on if name == CHECKPOINT else loaded
     found = outcomes(folder / name, [*(content[:place] for place in places), content + b"\0", b"\0" * 100], use)
     assert {*found} == {"refused"}
+
+
+REWRITTEN: list[tuple[str, Callable[[str], str]]] = [
+    *((name, lambda text: text.replace("\n", "\r\n")) for name in (SETTINGS, HISTORY)),
+    *((name, lambda text: f"\ufeff{text}") for name in (SETTINGS, HISTORY)),
+    *((name, str.rstrip) for name in (SETTINGS, HISTORY)),
+    (HISTORY, lambda text: re.sub(r"[^,\n]+", r'"\g<0>"', text)),
+    (SETTINGS, lambda text: yaml.safe_dump(yaml.safe_load(text), default_flow_style=True, sort_keys=False)),
+]
+
+
+@pytest.mark.parametrize(("name", "rewrite"), REWRITTEN)
+def test_a_copy_that_says_the_same_is_taken(name, rewrite, folder):
+    """As an editor or a spreadsheet leaves it."""
+    before, content = loaded(folder), rewrite((folder / name).read_text()).encode()
+    assert content != (folder / name).read_bytes()
+    (folder / name).write_bytes(content)
+    assert loaded(folder) == before and (folder / name).read_bytes() == content
+    (folder / name).write_bytes(content.replace(b"1", b"2", 1))
+    with pytest.raises(ValueError, match="beside it are not of one run"):
+        pg.load(folder)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, SETTINGS, HISTORY])

@@ -242,6 +242,7 @@ TEXTS = {
     "tower of merges": "\n".join(
         ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))]
     ),
+    "tower of text": f"a: [&a {'x' * 100_000}{', *a' * 10_000}]",
     "circle": "a: &a [*a]",
     "depth": "[" * 100_000,
     "many values": f"a: [{'1,' * limits.NODES}1]",
