@@ -23,6 +23,7 @@ __all__ = [
     "leftovers",
     "load_optimizer",
     "load_weights",
+    "misfit",
     "optimizer_state",
     "read_tensors",
     "unique_tensors",
@@ -177,22 +178,25 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
     Raises:
         ValueError: If names or shapes differ from the module's; nothing is copied then.
     """
+    if unfit := misfit(module, tensors):
+        raise ValueError(
+            f"{where} belongs to another model, guide or objective: {unfit}; build all as they were when it was saved"
+        )
+    with torch.no_grad():
+        for name, tensor in unique_tensors(module).items():
+            tensor.copy_(tensors[name])
+
+
+def misfit(module: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """In what names or shapes of tensors differ from a module's own, in words; empty where they don't."""
     own = unique_tensors(module)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
-        raise ValueError(
-            f"{where} belongs to another model, guide or objective: it lacks {missing[:5] or 'nothing'} and has "
-            f"{extra[:5] or 'nothing'} besides; build all as they were when it was saved"
-        )
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise ValueError(
-                f"{where} belongs to another model, guide or objective: {name} has shape "
-                f"{tuple(tensors[name].shape)} there and {tuple(tensor.shape)} here"
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        return f"it lacks {missing[:5] or 'nothing'} and has {extra[:5] or 'nothing'} besides"
+    shapes = ((name, tuple(tensors[name].shape), tuple(tensor.shape)) for name, tensor in own.items())
+    return next(
+        (f"{name} has shape {there} there and {here} here" for name, there, here in shapes if there != here), ""
+    )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

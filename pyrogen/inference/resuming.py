@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyrogen.inference.checkpoints import (
     load_optimizer,
     load_weights,
+    misfit,
     optimizer_state,
     read_tensors,
     unique_tensors,
@@ -100,10 +102,14 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
     if found:
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         differs = f"{path} was written by a fit that differs: {'; '.join(found[:NAMED])}{more}"
+        unfit = misfit(training.run.programs, _under("weights.", tensors))
+        same = f"Resume with what it was begun with (only {', '.join(MAY_CHANGE)} may change)"
+        if unfit:
+            raise ValueError(f"{differs}; its weights don't fit: {unfit}. {same}, or begin anew with overwrite=True")
         if not anyway:
             raise ValueError(
-                f"{differs}. Resume with what it was begun with (only {', '.join(MAY_CHANGE)} may change), begin anew "
-                "with overwrite=True, or go on all the same with resume='anyway' (--resume --anyway)"
+                f"{differs}. {same}, begin anew with overwrite=True, or go on all the same with resume='anyway' "
+                "(--resume --anyway)"
             )
         warnings.warn(f"{differs}; it goes on all the same", stacklevel=2)
     return tensors, values
@@ -134,10 +140,7 @@ def _of_another_version(error: Exception) -> ValueError:
 
 
 def _restore(training: "Training", tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-    run = training.run
+    run, under = training.run, partial(_under, tensors=tensors)
     load_weights(run.programs, under("weights."), CHECKPOINT)
     was, now = values["identity"]["options"]["optimizer"], training.identity["options"]["optimizer"]
     for kind, optimizer in training.optimizers.items():
@@ -191,6 +194,10 @@ def check_alike(training: "Training") -> None:
                 f"processes that train together must call fit alike, and with all of the data: {difference}, in the "
                 f"first and in process {processes.rank}. For fits of their own, start them one by one"
             )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _of(what: str, rank: int) -> str:
