@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if arguments[:1] == ["fit"] and str(error):
+            return _fail(error, 130)
         goes_on = arguments[:1] in (["fit"], ["compare"])
         how = "--resume with the same --out goes on from the last checkpoint" if goes_on else "nothing is half written"
         return _fail(f"interrupted; {how}", 130)

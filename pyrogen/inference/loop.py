@@ -292,9 +292,11 @@ class Training:
     def _stop(self) -> None:
         """Write a checkpoint and end as who asked for it wants it."""
         self._checkpoint()
-        if self.processes.first:
-            _log.warning("stopped after step %d; resume=True goes on from %s", self.step, self.folder)
-        raise self.stopping.error()
+        said = f"stopped after step {self.step}; resume=True (--resume) goes on from {self.folder}"
+        error = self.stopping.error(said)
+        if self.processes.first and isinstance(error, SystemExit):  # which holds a number alone
+            _log.warning(said)
+        raise error
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """One step of the optimizer; returns the figures of its batch, without gradients."""

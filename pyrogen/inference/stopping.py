@@ -45,6 +45,6 @@ class Stopping:
         finally:
             give_back()
 
-    def error(self) -> BaseException:
+    def error(self, said: str = "") -> BaseException:
         """What ends the process as the signal would have, once everything is written."""
-        return SystemExit(128 + self.by) if self.by == signal.SIGTERM else KeyboardInterrupt()
+        return SystemExit(128 + self.by) if self.by == signal.SIGTERM else KeyboardInterrupt(said)

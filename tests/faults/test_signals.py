@@ -79,7 +79,8 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(number, error, at, tmp_p
         fitted(number, at, out=tmp_path / "part")
     if error is SystemExit:
         assert raised.value.code == 143
-    assert f"stopped after step {at}; resume=True goes on from {tmp_path / 'part'}" in caplog.text
+    said = caplog.text if error is SystemExit else str(raised.value)
+    assert f"stopped after step {at}; resume=True (--resume) goes on from {tmp_path / 'part'}" in said
     assert read_tensors(tmp_path / "part" / CHECKPOINT)[1]["step"] == at
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     fitted(out=tmp_path / "part", resume=True)
