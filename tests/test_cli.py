@@ -539,7 +539,9 @@ def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
     small = ["--steps", "2", "--features", "8", "--progress", "false", "--particles", "2", "--test_rows", "20"]
     names = ["--guides", "Normal", "MultivariateNormal", "--objectives", "ELBO"]
     assert main(["compare", "--model", f"{programs}:model", *small, *names, "--out", "out"]) == 0
-    weights = [loaded(tmp_path / "out" / f, trust=True).model for f in ("normal-elbo", "multivariatenormal-elbo")]
+    runs = [loaded(tmp_path / "out" / f, trust=True) for f in ("normal-elbo", "multivariatenormal-elbo")]
+    assert all(run.source.keys() == {"model"} for run in runs)
+    weights = [run.model for run in runs]
     first, second = (torch.cat([p.flatten() for p in model.parameters()]) for model in weights)
     assert not first.equal(second)
 

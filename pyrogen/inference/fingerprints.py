@@ -1,4 +1,4 @@
-"""Fingerprints, by which other data and other programs are told apart when a training shall go on."""
+"""Fingerprints, by which data and programs are told from others, when a training shall go on or a run is loaded."""
 
 import ast
 import contextlib
@@ -7,6 +7,7 @@ import inspect
 import random
 import sys
 import textwrap
+import tokenize
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -115,7 +116,7 @@ def source_of(parts: Iterable[Any]) -> dict[str, str]:
         seen.add(part)
         functions = [part] if inspect.isfunction(part) else [*filter(inspect.isfunction, vars(part).values())]
         waiting += [*getattr(part, "__bases__", ()), *(each for one in functions for each in _referred_to(one))]
-        with contextlib.suppress(OSError, TypeError, SyntaxError):
+        with contextlib.suppress(OSError, TypeError, SyntaxError, tokenize.TokenError):
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
             if "<lambda>" not in part.__qualname__:
                 found[part.__qualname__] = hashlib.sha256(_plain(tree).encode()).hexdigest()[:16]

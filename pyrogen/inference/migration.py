@@ -3,8 +3,8 @@
 1. ``weights.safetensors`` held weights alone, ``run.yaml`` and ``history.csv`` the rest; nothing had a checksum, and
    checkpoints had no number.
 2. Weights hold settings and history too, of which the other two are copies, as the first format has them where another
-   run is about to take its place; checksums; sites and source of programs and
-   a fingerprint of all rows in checkpoints.
+   run is about to take its place; checksums; sites and source of programs and a fingerprint of all rows in
+   checkpoints, and in later versions the source in settings too.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ def format_of(values: dict[str, Any], path: Path, default: Any = None) -> int:
 
 
 def settings_of_1(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the first format, with what its first versions lacked."""
-    return {"compile_seconds": 0.0, "made": {}} | settings
+    """Settings of any format, with what the first versions of it lacked."""
+    return {"compile_seconds": 0.0, "made": {}, "source": {}} | settings
 
 
 def checkpoint_of_1(values: dict[str, Any]) -> dict[str, Any]:

@@ -85,9 +85,12 @@ def _read_settings(text: str, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("format") not in range(1, number + 1):
         raise ValueError(f"{path} is damaged, or not of format {number} as {WEIGHTS} beside it; restore it from a copy")
     settings = settings_of_1(settings)
-    lacking = {"model", "guide", "objective", "options", "example", "data", "seconds"} - settings.keys()
-    if lacking or not isinstance(settings["options"], dict):
-        raise ValueError(f"{path} is damaged: it lacks {sorted(lacking) or 'options'}; restore it from a copy")
+    needed = {"model", "guide", "objective", "options", "example", "data", "seconds"}
+    lacking = sorted(needed - settings.keys()) or [
+        name for name in ("options", "source") if not isinstance(settings[name], dict)
+    ]
+    if lacking:
+        raise ValueError(f"{path} is damaged: it lacks {lacking}; restore it from a copy")
     return settings
 
 

@@ -21,10 +21,9 @@ from pyrogen.inference.checkpoints import (
     write_tensors,
 )
 from pyrogen.inference.compilation import Compiled
-from pyrogen.inference.fingerprints import sites_of, source_of
+from pyrogen.inference.fingerprints import sites_of
 from pyrogen.inference.folders import CHECKPOINT, HISTORY, WEIGHTS
 from pyrogen.inference.migration import FORMAT, checkpoint_of_1, fingerprint_of_1, format_of
-from pyrogen.inference.programs import Program
 from pyrogen.inference.reading import read_history
 from pyrogen.inference.run import settings_of
 from pyrogen.inference.tally import Tally
@@ -161,6 +160,7 @@ def _restore(training: "Training", tensors: dict[str, Tensor], values: dict[str,
     run.history = pd.DataFrame(values["history"])
     if training.done:  # nothing is made any more
         run.made = values.get("made", run.made)
+        run.source = values["identity"].get("source", run.source)
     rank, device = training.processes.rank, training.fabric.device
     if rank < len(values["tallies"]):
         sums = {name: value.to(device) for name, value in under(_of("tally", rank)).items()}
@@ -210,7 +210,6 @@ def identity_of(training: "Training") -> dict[str, Any]:
     run, settings = training.run, settings_of(training.run)
     batches, validation = training.given
     batch = tuple(x.to(training.fabric.device) for x in training.batches.first())
-    programs = [part.function if isinstance(part, Program) else part for part in run.programs.modules()]
     identity = {
         "processes": training.processes.count,
         "options": {name: value for name, value in settings["options"].items() if name not in MAY_CHANGE},
@@ -223,7 +222,7 @@ def identity_of(training: "Training") -> dict[str, Any]:
         },
         **{name: settings[name] for name in ("model", "guide", "objective")},
         "sites": {"model": sites_of(run.model, *batch), "guide": sites_of(run.guide, *batch)},
-        "source": source_of([*programs, run.objective, run.options.optimizer, run.options.schedule]),
+        "source": run.source,
     }
     return json.loads(json.dumps(identity))
 

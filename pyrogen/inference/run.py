@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from pyrogen.configuration import build, describe
 from pyrogen.data.limits import FREE, check_links
 from pyrogen.inference.allowance import Allowance
 from pyrogen.inference.checkpoints import atomically, load_weights, unique_tensors, write_tensors
+from pyrogen.inference.fingerprints import source_of
 from pyrogen.inference.folders import CHECKPOINT, HISTORY, SETTINGS, WEIGHTS, clear_folder, held, prepare_folder
 from pyrogen.inference.migration import FORMAT
 from pyrogen.inference.objectives import Objective
@@ -157,6 +159,7 @@ class Run:
         seconds: Time spent in training.
         compile_seconds: What compiling took of that.
         made: By which command, from which revision of the code around it, on which machine.
+        source: By its name, a hash of the source of each class and function of the user's own in it, as it was fitted.
     """
 
     model: nn.Module
@@ -169,6 +172,7 @@ class Run:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     made: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -205,6 +209,7 @@ def settings_of(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "compile_seconds": run.compile_seconds,
         "made": run.made,
+        "source": run.source,
     }
     seen: dict[int, tuple[Any, Any]] = {}
     for name in ("model", "guide", "objective"):
@@ -212,6 +217,13 @@ def settings_of(run: Run) -> dict[str, Any]:
         settings[name] = _described(program.function if isinstance(program, Program) else program, seen)
     settings["options"] = {f.name: _described(getattr(run.options, f.name)) for f in dataclasses.fields(run.options)}
     return settings
+
+
+def source_of_run(run: Run) -> dict[str, str]:
+    """The hashes of :func:`~pyrogen.inference.fingerprints.source_of` for all that a run is made of, as it is now."""
+    modules = [*run.programs.modules()]
+    functions = [getattr(module, "function", None) for module in modules]  # of those that stand for one
+    return source_of([*modules, *functions, run.objective, run.options.optimizer, run.options.schedule])
 
 
 def _version(package: str) -> str:
@@ -333,6 +345,9 @@ def load(
     Raises:
         ValueError: If a file is damaged, files are not of one run, a part can't be built, the weights are another
             model's, or something would need to be trusted.
+
+    Warns:
+        UserWarning: If the source of a class or function of the user's own is not what it was in the fit.
     """
     folder = Path(folder)
     if not trust:
@@ -362,6 +377,7 @@ def load(
             seconds=settings["seconds"],
             compile_seconds=settings["compile_seconds"],
             made=settings["made"],
+            source=settings["source"],
         )
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise ValueError(
@@ -375,6 +391,13 @@ def load(
     if len(precisions) == 1:
         run.programs.to(precisions.pop())
     load_weights(run.programs, tensors, str(folder / WEIGHTS))
+    changed = [name for name, now in source_of_run(run).items() if run.source.get(name, now) != now]
+    if changed:
+        warnings.warn(
+            f"the source of {', '.join(changed)} has changed since {folder} was fitted, so that its weights may mean "
+            "something else now; load it with the programs as they were, or fit anew",
+            stacklevel=3,
+        )
     run.programs.eval()
     return run
 

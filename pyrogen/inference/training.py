@@ -23,7 +23,7 @@ from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.programs import as_module, describe_example, modules_of
 from pyrogen.inference.provenance import provenance
-from pyrogen.inference.run import CriticOptions, FitOptions, Run
+from pyrogen.inference.run import CriticOptions, FitOptions, Run, source_of_run
 from pyrogen.inference.turns import Turn, seeded
 
 __all__ = ["fit"]
@@ -222,6 +222,7 @@ def fit(
                 run.objective.step = 0
                 run.objective.critics = copy.deepcopy(objective.critics)
                 run.objective.prepare(run.model, run.guide, *example)
+                run.source = source_of_run(run)
                 _check_options(run)
                 if objective.observations is None:
                     run.objective.observations = len(batches)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,37 @@ def test_classes_in_a_file_of_the_users_need_trust(tmp_path):
     assert loaded.guide.model is loaded.model and loaded.model.decoder.width == 7
     x = torch.randn(5, 3)
     assert torch.equal(results(run, x), results(loaded, x))
+
+
+def test_a_program_that_has_changed_since_is_named(tmp_path):
+    from pyrogen.configuration import _FILE_PREFIX, import_object
+
+    file, folder = tmp_path / "mine.py", tmp_path / "run"
+
+    def mine(text):
+        file.write_text(text)
+        for name in [name for name in sys.modules if name.startswith(_FILE_PREFIX)]:
+            del sys.modules[name]  # as in a new process
+        return import_object(f"{file}:Model", trust=True)(import_object(f"{file}:Decoder", trust=True)(7), scale=0.5)
+
+    model = mine(MODULE)
+    fitted(model, AmortizedGuide(model, MLP(3, 4)), torch.randn(12, 3), out=folder)
+    mine("# Of this year.\n" + MODULE.replace("= decoder", "=  decoder"))
+    assert load(folder, trust=True).source.keys() == {"Model", "Decoder"}  # and no warning, which would be an error
+    given = mine(MODULE.replace("self.decoder(z)", "-self.decoder(z)"))
+    changed = r"the source of Model has changed since .*run was fitted"
+    with pytest.warns(UserWarning, match=changed):
+        loaded = load(folder, trust=True)
+    with pytest.warns(UserWarning, match=changed):
+        load(folder, model=given)
+    pg.save(loaded, tmp_path / "another run")
+    with pytest.warns(UserWarning, match=changed):
+        load(tmp_path / "another run", trust=True)
+    edited(folder, lambda settings: settings.update(source=3))
+    with pytest.raises(ValueError, match=r"run\.yaml is damaged: it lacks \['source'\]"):
+        load(folder, trust=True)
+    edited(folder, lambda settings: settings.pop("source"))
+    assert load(folder, trust=True).source == {}  # as of earlier versions
 
 
 def test_a_model_without_latents_needs_no_guide(tmp_path):
