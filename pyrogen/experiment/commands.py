@@ -41,7 +41,6 @@ from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.folders import COMPARISON, SETTINGS, contents, is_run, locked
 from pyrogen.inference.parallel import Processes, connect
-from pyrogen.inference.run import write_yaml
 
 __all__ = [
     "EvaluateSettings",
@@ -260,11 +259,9 @@ def run_fit(settings: FitSettings, output: FitOutputSettings) -> tuple[Run, Path
             out=folder,
             resume="anyway" if output.anyway else output.resume,
             overwrite=output.overwrite,
+            configuration=settings.plain(),
             **settings.training(),
         )
-    with processes.together():
-        if processes.first:
-            write_yaml(folder / "fit.yaml", settings.plain())
     return run, folder
 
 

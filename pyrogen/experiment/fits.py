@@ -18,7 +18,7 @@ from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objecti
 from pyrogen.inference.fingerprints import fingerprint
 from pyrogen.inference.folders import HISTORY
 from pyrogen.inference.parallel import alone
-from pyrogen.inference.run import write_yaml
+from pyrogen.inference.run import as_yaml, write_text
 
 __all__ = ["FIGURES", "Common", "PreparedFit", "fitted", "perform_fit", "read_fit", "step_in", "trial_of"]
 
@@ -107,7 +107,7 @@ def _train(each: PreparedFit, common: Common, folder: Path | None, resume: bool,
 def _keep_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...], figures: dict[str, Any]) -> None:
     """Keep what was found of a fit, so that a comparison that is cut short does not look for it again."""
     if path is not None:
-        write_yaml(path, {"steps": steps_of(run), "rows": fingerprint(rows), "figures": figures})
+        write_text(path, as_yaml({"steps": steps_of(run), "rows": fingerprint(rows), "figures": figures}))
 
 
 def _known_figures(path: Path | None, run: Run, rows: tuple[Tensor, ...]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from pyrogen.inference.checkpoints import WriteError, leftovers
 __all__ = [
     "CHECKPOINT",
     "COMPARISON",
+    "CONFIGURATION",
     "HISTORY",
     "LOCK",
     "SETTINGS",
@@ -33,6 +34,7 @@ SETTINGS = "run.yaml"
 HISTORY = "history.csv"
 CHECKPOINT = "checkpoint.safetensors"
 COMPARISON = "compare.yaml"
+CONFIGURATION = "fit.yaml"
 LOCK = ".lock"
 
 

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from pyrogen.inference.batches import Batches
 from pyrogen.inference.checkpoints import WriteError, load_weights, unique_tensors
 from pyrogen.inference.compilation import Compiled
-from pyrogen.inference.folders import CHECKPOINT, SETTINGS, WEIGHTS, clear_folder
+from pyrogen.inference.folders import CHECKPOINT, CONFIGURATION, SETTINGS, WEIGHTS, clear_folder
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters
 from pyrogen.inference.parallel import Processes
 from pyrogen.inference.programs import latent_sites, prototype
 from pyrogen.inference.reading import INACTIVE_UNITS
 from pyrogen.inference.resuming import check_alike, identity_of, read_checkpoint, restore, write_checkpoint
-from pyrogen.inference.run import Run, settings_of, write_run, write_yaml
+from pyrogen.inference.run import Run, as_yaml, settings_of, write_run, write_text
 from pyrogen.inference.stopping import Stopping
 from pyrogen.inference.tally import GRADIENT_NORM, Tally
 from pyrogen.inference.trouble import (
@@ -192,15 +192,18 @@ class Training:
                 restore(self, *read)
         self.processes.spread([*unique_tensors(self.programs).values(), *self.averaged])
 
-    def go(self, progress: bool) -> None:
-        """Train from where training stands to its end, and leave the run as it shall be."""
+    def go(self, progress: bool, configuration: str | None = None) -> None:
+        """Train from where training stands to its end, and leave the run as it shall be, and its configuration."""
         stop = False
         first = self.processes.first
         try:
             with self.processes.together():
                 # So that the folder is known as a run's from the start, and seen to be one that can be written.
-                if self.folder is not None and first and not (self.folder / WEIGHTS).exists():
-                    write_yaml(self.folder / SETTINGS, settings_of(self.run))
+                if self.folder is not None and first:
+                    if not (self.folder / WEIGHTS).exists():
+                        write_text(self.folder / SETTINGS, as_yaml(settings_of(self.run)))
+                    if configuration is not None:
+                        write_text(self.folder / CONFIGURATION, configuration)
             # Without a folder there is nothing to be written before the end.
             watched = self.stopping.watched() if self.folder is not None else nullcontext()
             with watched, progress_bar(disable=not (progress and first)) as bar:

@@ -31,7 +31,7 @@ from pyrogen.inference.programs import Program, as_module, make_example
 from pyrogen.inference.reading import read_files
 from pyrogen.inference.turns import seeded
 
-__all__ = ["CriticOptions", "FitOptions", "Run", "load", "save", "write_yaml"]
+__all__ = ["CriticOptions", "FitOptions", "Run", "as_yaml", "load", "save", "write_text"]
 
 
 def _make_plain(options: Any) -> None:
@@ -240,14 +240,22 @@ def _described(value: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> An
         return {"not_described": str(error)}
 
 
-def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    """Write plain values as YAML, atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text, atomically."""
     with atomically(path) as temporary:
-        temporary.write_text(_yaml(values), encoding="utf-8", newline="")
+        temporary.write_bytes(text.encode())
 
 
-def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+def as_yaml(values: Mapping[str, Any], name: str = "settings") -> str:
+    """Plain values as YAML.
+
+    Raises:
+        ValueError: If there are others.
+    """
+    try:
+        return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} must be plain values, such as numbers, text and lists of these: {error}") from error
 
 
 @checked()
@@ -296,7 +304,7 @@ def write_run(run: Run, folder: Path, then: Callable[[], Any] = lambda: None) ->
         then: As for :func:`~pyrogen.inference.checkpoints.atomically`, of the weights.
     """
     _bring_up(folder)
-    copies = {SETTINGS: _yaml(settings_of(run)), HISTORY: run.history.to_csv(index=False)}
+    copies = {SETTINGS: as_yaml(settings_of(run)), HISTORY: run.history.to_csv(index=False)}
 
     def make_way() -> None:
         then()
@@ -305,8 +313,7 @@ def write_run(run: Run, folder: Path, then: Callable[[], Any] = lambda: None) ->
 
     write_tensors(folder / WEIGHTS, unique_tensors(run.programs), {"format": FORMAT, "files": copies}, make_way)
     for name, text in copies.items():
-        with atomically(folder / name) as temporary:
-            temporary.write_bytes(text.encode())
+        write_text(folder / name, text)
 
 
 def _bring_up(folder: Path) -> None:

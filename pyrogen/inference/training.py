@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import Processes, connect
 from pyrogen.inference.programs import as_module, describe_example, modules_of
 from pyrogen.inference.provenance import provenance
-from pyrogen.inference.run import CriticOptions, FitOptions, Run, source_of_run
+from pyrogen.inference.run import CriticOptions, FitOptions, Run, as_yaml, source_of_run
 from pyrogen.inference.turns import Turn, seeded
 
 __all__ = ["fit"]
@@ -59,6 +59,7 @@ def fit(
     loader_workers: int = 0,
     matmul_precision: Literal["highest", "high", "medium"] = "highest",
     non_finite: Literal["stop", "skip"] = "stop",
+    configuration: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train a model with its guide.
 
@@ -124,6 +125,7 @@ def fit(
             names the site where that began, or ``"skip"`` the step and give buffers back what they held; the history
             counts them in ``skipped``, and 100 one after the other stop. Gradients are then looked at in every step,
             which costs about 2 % of it, and more on a GPU, which is waited for.
+        configuration: Plain values that ``fit.yaml`` in ``out`` shall hold, such as the settings of the command.
 
     With ``out=``, the first Ctrl-C or SIGTERM lets the step end and writes a checkpoint from which ``resume=True`` goes
     on, bit for bit; the second stops at once. On a GPU losses are looked at every 50 steps and at the end of an epoch,
@@ -182,6 +184,8 @@ def fit(
     check_are(Callable, model=model, guide=model if guide is None else guide)
     check_are(bool, progress=progress, overwrite=overwrite)
     check_are(bool | Literal["anyway"], resume=resume)
+    check_are(Mapping[str, Any] | None, configuration=configuration)
+    kept = None if configuration is None else as_yaml(configuration, "configuration")
     fabric = connect(device, precision, None if out is None else Path(out))
     processes = Processes(fabric)
     folder = None if out is None else Path(out)
@@ -233,7 +237,7 @@ def fit(
                         lock.enter_context(held(folder, overwrite=overwrite, resume=bool(resume)))
                 training.begin(resume=resume, overwrite=overwrite)
                 with pyro.validation_enabled(False):  # the checks are made, and cost time
-                    training.go(progress)
+                    training.go(progress, kept)
         return run
 
 

@@ -160,8 +160,10 @@ CALLS = {
         {"model": MODEL, "guide": GUIDE, "objective": inference.ELBO(), "data": X}
         | FIT
         | {"schedule": "constant", "device": "cpu", "precision": "32-true", "resume": False, "overwrite": False}
-        | {"checkpoint_every": 1, "validate_every": 1, "loader_workers": 0, "matmul_precision": "highest"},
-        kinds={"model": "function", "guide": "function"},
+        | {"checkpoint_every": 1, "validate_every": 1, "loader_workers": 0, "matmul_precision": "highest"}
+        | {"configuration": {"latent": 2}},
+        kinds={"model": "function", "guide": "function", "configuration": "mapping"},
+        right={"configuration": ("snow", "None in it")},
     ),
     "refit_prior": Call(
         inference.refit_prior,

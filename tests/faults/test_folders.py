@@ -249,7 +249,7 @@ def test_a_folder_killed_at_any_step_of_its_clearing_holds_the_old_run_or_none(t
     class Enough(Exception):
         pass
 
-    def stop(self, progress):
+    def stop(self, *_):
         raise Enough
 
     def act(there):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import pyrogen as pg
 from pyrogen import cli
 from pyrogen.distributions import Bernoulli, StandardNormal
+from pyrogen.experiment import commands
 from pyrogen.inference import ELBO, AmortizedGuide, Run, fit
 from pyrogen.inference.checkpoints import read_tensors
 from pyrogen.inference.loop import CHECKPOINT
@@ -126,6 +128,22 @@ def test_what_the_command_says(command, said, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", interrupted)
     assert cli.main([command, "somewhere"]) == 130
     assert said in capsys.readouterr().err
+
+
+def test_a_command_that_is_interrupted_says_so_once_and_leaves_its_settings(monkeypatch, tmp_path, capsys, caplog):
+    def interrupt(run):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    small = ["--latent", "2", "--epochs", "3", "--batch_size", "512", "--progress", "false"]
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "fit", partial(fit, callbacks=[interrupt]))
+        assert cli.main(["fit", *small, "--out", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err
+    assert said == f"pyrogen: stopped after step 3; resume=True (--resume) goes on from {tmp_path / 'run'}\n"
+    assert not caplog.records
+    settings = ["--config", str(tmp_path / "run" / "fit.yaml"), "--progress", "false"]
+    assert cli.main(["fit", *settings, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert len(pg.load(tmp_path / "run").history) == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
