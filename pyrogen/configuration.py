@@ -26,7 +26,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["build", "check_names", "class_path", "describe", "import_object"]
+__all__ = ["build", "check_names", "class_path", "describe", "import_object", "without_places"]
 
 TRUSTED = (
     "pyrogen.distributions",
@@ -179,13 +179,14 @@ def class_path(value: Callable) -> str:
     return f"{home}.{name}"
 
 
-def import_object(path: str, *, trust: bool = False) -> Any:
+def import_object(path: str, *, trust: bool = False, beside: Path | None = None) -> Any:
     """The class or function at an import path, or at ``FILE.py:NAME``.
 
     Args:
         path: Such as ``pyrogen.distributions.Normal`` or ``my_model.py:Model``.
         trust: Whether any code may be imported, and anything be named; else only modules of torch and Pyro, optimizers
             of torch and public classes of pyrogen's parts.
+        beside: A folder in which a file is looked for that is no longer where it was, after the working directory.
 
     Raises:
         ValueError: If it may not be imported or is not there.
@@ -200,7 +201,7 @@ def import_object(path: str, *, trust: bool = False) -> Any:
     file, colon, name = path.rpartition(":")
     package, _, name = (file, "", name) if colon else path.rpartition(".")
     try:
-        module = _import_file(file) if colon else importlib.import_module(package)  # noqa: TID251 (was asked for above)
+        module = _import_file(file, beside) if colon else importlib.import_module(package)  # noqa: TID251 (was asked for above)
     except (ImportError, ValueError) as error:
         raise ValueError(f"can't import '{path}': {error}") from error
     value = getattr(module, name, None)
@@ -212,6 +213,21 @@ def import_object(path: str, *, trust: bool = False) -> Any:
             "pyrogen's; read the file it stands in, then pass trust=True (--trust on the command line)"
         )
     return value
+
+
+def without_places(value: Any) -> Any:
+    """Plain values with the name alone of each ``FILE.py:NAME``, for a file may be moved.
+
+    Example:
+        >>> without_places({"class_path": "/home/of/my_model.py:Model", "init_args": {"latent": 2}})
+        {'class_path': 'Model', 'init_args': {'latent': 2}}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [*map(without_places, value)]
+    file, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return name if file.endswith(".py") else value
 
 
 def check_names(value: Any) -> None:
@@ -274,10 +290,14 @@ def _is_harmless(value: Any) -> bool:
     return issubclass(value, (nn.Module, torch.optim.Optimizer))
 
 
-def _import_file(file: str) -> ModuleType:
+def _import_file(file: str, beside: Path | None) -> ModuleType:
     path = Path(file).resolve()
+    if beside is not None and not path.is_file():
+        moved = [place.resolve() / path.name for place in (Path(), beside)]
+        path = next((each for each in moved if each.is_file()), path)
     if not path.is_file():
-        raise ValueError(f"no file '{file}' (looked for {path})")
+        nor = "" if beside is None else f", nor {path.name} in the working directory or {beside}; put it into either"
+        raise ValueError(f"no file '{file}' (looked for {path}){nor}")
     name = _FILE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -293,12 +313,15 @@ def _import_file(file: str) -> ModuleType:
     return sys.modules[name]
 
 
-def build(description: Any, *, trust: bool = False, _made: dict[int, Any] | None = None) -> Any:
+def build(
+    description: Any, *, trust: bool = False, beside: Path | None = None, _made: dict[int, Any] | None = None
+) -> Any:
     """The object that a description names; what is described once and shared is built once and shared.
 
     Args:
         description: What :func:`describe` returned.
         trust: Whether anything it names may be imported and called, see :func:`import_object`.
+        beside: As for that.
 
     Raises:
         ValueError: If a class is not trusted, not there, or does not take the arguments.
@@ -312,7 +335,7 @@ def build(description: Any, *, trust: bool = False, _made: dict[int, Any] | None
         return description
     if id(description) not in made:
         made[id(description)] = _UNDER_WAY
-        made[id(description)] = _build_new(description, trust, made)
+        made[id(description)] = _build_new(description, trust, beside, made)
     if made[id(description)] is _UNDER_WAY:
         raise ValueError("a description refers to itself, so nothing can be built from it")
     return made[id(description)]
@@ -321,9 +344,11 @@ def build(description: Any, *, trust: bool = False, _made: dict[int, Any] | None
 _UNDER_WAY = object()
 
 
-def _build_new(description: list[Any] | Mapping[str, Any], trust: bool, made: dict[int, Any]) -> Any:
+def _build_new(
+    description: list[Any] | Mapping[str, Any], trust: bool, beside: Path | None, made: dict[int, Any]
+) -> Any:
     def inner(value: Any) -> Any:
-        return build(value, trust=trust, _made=made)
+        return build(value, trust=trust, beside=beside, _made=made)
 
     if isinstance(description, list):
         return tuple(map(inner, description))
@@ -334,7 +359,7 @@ def _build_new(description: list[Any] | Mapping[str, Any], trust: bool, made: di
     positional, named = description.get("args", []), description.get("init_args", {})
     if not isinstance(positional, list) or not isinstance(named, Mapping):
         raise ValueError(f"expected a list of args and a mapping of init_args for {path}")
-    target = import_object(path, trust=trust)
+    target = import_object(path, trust=trust, beside=beside)
     if kind == "reference":
         return target
     arguments, keywords = [*map(inner, positional)], {str(key): inner(value) for key, value in named.items()}

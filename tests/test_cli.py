@@ -535,6 +535,42 @@ def test_a_program_of_the_users_own(name, programs, tmp_path, capsys):
         assert loaded("out", trust=True).model.hidden == 6
 
 
+@pytest.mark.parametrize(
+    ("command", "run"),
+    [
+        (["fit", "--model", "my_model.py:Model", "--encoder", "my_model.py:Encoder"], "out"),
+        (["compare", "--model", "my_model.py:model", *COMPARE[-6:], "--guides", "Normal"], "out/normal-elbo"),
+    ],
+)
+def test_a_project_may_be_moved(command, run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "old").mkdir()
+    encoder = "class Encoder(nn.Sequential):\n    def __init__(self, event_shape, features):\n"
+    encoder += "        super().__init__(nn.Flatten(), nn.Linear(64, features))\n"
+    encoder += "        self.event_shape, self.features = event_shape, features\n"
+    (tmp_path / "old" / "my_model.py").write_text(PROGRAMS + encoder)
+    command += ["--steps", "2", "--features", "8", "--progress", "false", "--out", "out"]
+    monkeypatch.chdir("old")
+    assert main(command) == 0
+    monkeypatch.chdir(tmp_path)
+    os.rename("old", "new")
+    sample = ["sample", f"new/{run}", "--n", "2", "--overwrite"]
+    assert main([*sample, "--trust"]) == 2
+    assert f"nor my_model.py in the working directory or new/{run}; put it into either" in one_line(capsys)
+    shutil.copy("new/my_model.py", f"new/{run}")
+    assert main([*sample, "--trust"]) == 0
+    os.remove(f"new/{run}/my_model.py")
+    monkeypatch.chdir("new")
+    sample[1] = run
+    assert main([*sample, "--trust"]) == 0
+    assert main(sample) == 2
+    assert main([*command, "--resume"]) == 0
+    shutil.copytree("out", "again")
+    Path("my_model.py").write_text(PROGRAMS.replace("(2), 1.0)", "(2), 2.0)") + encoder)
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 2
+    assert "differs: source." in one_line(capsys)
+
+
 def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
     small = ["--steps", "2", "--features", "8", "--progress", "false", "--particles", "2", "--test_rows", "20"]
     names = ["--guides", "Normal", "MultivariateNormal", "--objectives", "ELBO"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
+from pyrogen.configuration import without_places
 from pyrogen.inference.checkpoints import (
     load_optimizer,
     load_weights,
@@ -90,13 +91,14 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
     try:
         if format_of(values, path, default=1) == 1:
             values, here = checkpoint_of_1(values), _identity_of_1(training)
-        found = [*differences(values["identity"], here), *_of_another_training(path.parent / WEIGHTS, values)]
+        identities = map(without_places, (values["identity"], here))  # a file's source is compared, not its path
+        found = [*differences(*identities), *_of_another_training(path.parent / WEIGHTS, values)]
         if values["step"] > training.total:
             raise ValueError(
                 f"{path} has gone {values['step']} steps already, more than the {training.total} of this fit; give "
                 "larger epochs or steps to go on"
             )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _of_another_version(error) from error
     if found:
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""

@@ -344,7 +344,8 @@ def load(
         folder: Where it is.
         model, guide, objective: Take these, built as they were, instead of building what ``run.yaml`` names.
         trust: Whether code outside pyrogen, Pyro and torch that ``run.yaml`` names may be imported and run, links may
-            lead out of the folder, and building may take far more memory than the weights do.
+            lead out of the folder, and building may take far more memory than the weights do. A ``FILE.py`` that is no
+            longer where it was is looked for in the working directory and in the run's folder.
 
     Returns:
         The run, on the CPU.
@@ -378,7 +379,7 @@ def load(
             guide=guide,
             objective=objective,
             history=history,
-            options=FitOptions(**build(options, trust=trust)),
+            options=FitOptions(**build(options, trust=trust, beside=folder)),
             data=settings["data"],
             example=settings["example"],
             seconds=settings["seconds"],
@@ -420,7 +421,7 @@ def _build_parts(settings: dict[str, Any], given: dict[str, Any], folder: Path, 
     # Where a guide's description refers to the model, it gets the model that was given.
     made = {id(settings[name]): part for name, part in given.items() if part is not None}
     described = {name: settings[name] for name in given if given[name] is None}
-    parts = given | build(described, trust=trust, _made=made)
+    parts = given | build(described, trust=trust, beside=folder, _made=made)
     model, guide, objective = parts["model"], parts["guide"], parts["objective"]
     if not callable(model) or not (guide is None or callable(guide)) or not isinstance(objective, Objective):
         raise ValueError(f"{folder / SETTINGS} is damaged: expected model and guide to be programs, and an objective")

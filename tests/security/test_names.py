@@ -123,7 +123,7 @@ def test_words_and_numbers_are_harmless(value):
     check_names([value, {"key": value}])
 
 
-@pytest.mark.parametrize("path", ["evil.py:Model", "evil_module.Model", "os.system"])
+@pytest.mark.parametrize("path", ["evil.py:Model", "/moved/evil.py:Model", "evil_module.Model", "os.system"])
 @pytest.mark.parametrize(
     "command", [("evaluate",), ("sample",), ("report", "--out", "new")], ids=lambda words: words[0]
 )
