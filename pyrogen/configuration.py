@@ -206,7 +206,7 @@ def import_object(path: str, *, trust: bool = False, beside: Path | None = None)
         raise ValueError(f"can't import '{path}': {error}") from error
     value = getattr(module, name, None)
     if value is None:
-        raise ValueError(f"there is no '{name}' in {package}")
+        raise ValueError(f"there is no '{name}' in {module.__file__ if colon else package}")
     if not trust and not _is_harmless(value):
         raise ValueError(
             f"'{path}' is neither a module of torch or Pyro, nor an optimizer of torch, nor a public class of "

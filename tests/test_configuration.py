@@ -319,3 +319,6 @@ def test_classes_from_a_file(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             import_object(path, trust=True)
+    assert type(build({"class_path": "/moved/mine.py:Net", "args": [2, 3]}, trust=True, beside=tmp_path)) is net
+    with pytest.raises(ValueError, match=f"there is no 'Nonsense' in {file}"):
+        import_object("/moved/mine.py:Nonsense", trust=True, beside=tmp_path)
