@@ -16,13 +16,14 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyrogen.arguments import check_counts, checked
+from pyrogen.arguments import check_counts, checked, shown
 from pyrogen.distributions.normals import SafeMultivariateNormal, SafeNormal
 from pyrogen.networks.mlp import as_shape
 
-__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "positive_scale"]
+__all__ = ["Delta", "MultivariateNormal", "Normal", "Parameters", "StandardNormal", "check_context", "positive_scale"]
 
 SMALLEST_SCALE = 1e-6
 UNIT_OFFSET = math.log(math.e - 1)
@@ -39,6 +40,24 @@ def positive_scale(raw: Tensor) -> Tensor:
     since densities hold for every scale that a network can put out.
     """
     return SMALLEST_SCALE + softplus(raw + UNIT_OFFSET)
+
+
+def check_context(context: Tensor | None, width: int) -> None:
+    """Raise a ``ValueError`` for another context than ``(..., width)``, or any for a width of 0; where distributions
+    are validated also for NaN and infinity."""
+    if context is None and not width:
+        return
+    if not width or not isinstance(context, Tensor) or context.shape[-1:] != (width,):
+        came = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else shown(context)
+        if not width:
+            raise ValueError(
+                f"this distribution was built without a context but got one of {came}; pass context= when building it"
+            )
+        raise ValueError(f"expected a context of shape (..., {width}), got {'none' if context is None else came}")
+    if Distribution._validate_args and not context.isfinite().all():
+        raise ValueError(
+            "the context holds NaN or infinity; give a finite one, and where a network made it look at its weights"
+        )
 
 
 class Parameters(nn.Module):
@@ -63,16 +82,9 @@ class Parameters(nn.Module):
             self.free = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, context: Tensor | None = None) -> Tensor:
+        check_context(context, self.context)
         if not self.context:
-            if context is not None:
-                raise ValueError(
-                    f"this distribution was built without a context but got one of shape {tuple(context.shape)}; "
-                    "pass context= when building it"
-                )
             return self.free
-        if context is None or context.shape[-1] != self.context:
-            came = "none" if context is None else f"shape {tuple(context.shape)}"
-            raise ValueError(f"expected a context of shape (..., {self.context}), got {came}")
         # As an effect, so that particles, which share a context, can share the work.
         return effectful(self.linear, type="linear")(context, name="linear")
 

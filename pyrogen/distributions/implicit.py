@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyrogen.arguments import LARGEST, checked, is_whole
-from pyrogen.distributions.families import Parameters
+from pyrogen.distributions.families import Parameters, check_context
 from pyrogen.networks.mlp import as_shape, initialise
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "ImplicitDistribution",
     "NoDensityError",
     "apply_to_rows",
-    "check_context",
     "default_noise",
     "is_implicit",
     "lies_on_a_surface",
@@ -118,18 +117,6 @@ def default_noise(size: int) -> int:
     choose between modes.
     """
     return size + SPARE_NOISE
-
-
-def check_context(context: Tensor | None, width: int) -> None:
-    """Raise ``ValueError`` unless the context has this width; a width of 0 means none."""
-    if not width and context is not None:
-        raise ValueError(
-            f"this distribution was built without a context but got one of shape {tuple(context.shape)}; "
-            "pass context= when building it"
-        )
-    if width and (context is None or context.dim() == 0 or context.shape[-1] != width):
-        came = "none" if context is None else f"shape {tuple(context.shape)}"
-        raise ValueError(f"expected a context of shape (..., {width}), got {came}")
 
 
 def apply_to_rows(network: Callable[[Tensor], Tensor], x: Tensor, shape: tuple[int, ...]) -> Tensor:

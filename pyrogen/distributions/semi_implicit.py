@@ -15,8 +15,8 @@ from torch.distributions import constraints
 
 from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions.bounds import log_sum_exp
-from pyrogen.distributions.families import Normal
-from pyrogen.distributions.implicit import apply_to_rows, check_context, default_noise
+from pyrogen.distributions.families import Normal, check_context
+from pyrogen.distributions.implicit import apply_to_rows, default_noise
 from pyrogen.networks.mlp import MLP, as_shape
 
 __all__ = ["SemiImplicit", "SemiImplicitDistribution", "has_stochastic_density"]

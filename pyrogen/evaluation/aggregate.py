@@ -18,7 +18,7 @@ from pyrogen.evaluation.single_values import marginal_log_prob
 from pyrogen.inference.draws import draw_only
 from pyrogen.inference.latent_vector import LatentVector
 from pyrogen.inference.matching import check_unmasked
-from pyrogen.inference.programs import Copies, data_frame, global_draws, repeat, row_axis, sample_sites
+from pyrogen.inference.programs import Copies, data_frame, global_draws, repeat, row_axis, sample_sites, trace_of
 from pyrogen.inference.turns import seeded
 
 __all__ = ["Aggregate", "Values", "aggregated", "with_globals_held"]
@@ -131,7 +131,7 @@ class Aggregate:
 
     def posterior(self, chosen: Tensor) -> Values:
         """A draw of q(z|x) for each of M observations, ``(M,)``."""
-        return self._collected(chosen, lambda batch: self._sites(poutine.trace(self.pair.guide).get_trace(*batch)))
+        return self._collected(chosen, lambda batch: self._sites(trace_of(self.pair.guide, *batch)))
 
     def prior(self, samples: int) -> Values:
         """So many draws of p(z)."""
@@ -160,7 +160,7 @@ class Aggregate:
         if not self.has_marginals(name) or not (name == first or self.separate):
             return None
         of_rows = (
-            (few, self._sites(poutine.trace(self.pair.guide).get_trace(*self._batch(few)))[name])
+            (few, self._sites(trace_of(self.pair.guide, *self._batch(few)))[name])
             for few in torch.arange(self.observations).split(self.rows)
         )
         return self._mixed(values, of_rows)
@@ -230,7 +230,7 @@ class Aggregate:
             return len(self.pair.local) == 1
         batch = self._looked_at
         with seeded(1, batch[0].device):
-            nodes = self._sites(poutine.trace(self.pair.guide).get_trace(*batch))
+            nodes = self._sites(trace_of(self.pair.guide, *batch))
             values = {name: node["value"].movedim(row_axis(node), 0) for name, node in nodes.items()}
             others = self._guide_at({name: value.roll(1, 0) for name, value in values.items()}, batch)
         return all(
@@ -255,7 +255,7 @@ class Aggregate:
     def _guide_nodes(self) -> dict[str, dict[str, Any]]:
         batch = tuple(x[:2] for x in self.pair.batch)
         with seeded(0, batch[0].device):
-            return self._sites(poutine.trace(self.pair.guide).get_trace(*batch))
+            return self._sites(trace_of(self.pair.guide, *batch))
 
     @property
     def _looked_at(self) -> tuple[Tensor, ...]:
@@ -293,7 +293,7 @@ class Aggregate:
 
     def _guide_at(self, values: Values, batch: tuple[Tensor, ...]) -> dict[str, dict[str, Any]]:
         held = poutine.condition(self.pair.guide, data=self._placed(values))
-        return self._sites(poutine.trace(held).get_trace(*batch))
+        return self._sites(trace_of(held, *batch))
 
     def _placed(self, values: Values) -> Values:
         """Values with their rows where the programs have them."""
@@ -308,7 +308,7 @@ class Aggregate:
         """log q(z_s|x_n) by parts of the draws and of the observations, ``(S, R)``; the guide sees a row once."""
         samples = len(next(iter(values.values())))
         for few in among.split(self.rows):
-            nodes = self._sites(poutine.trace(self.pair.guide).get_trace(*self._batch(few)))
+            nodes = self._sites(trace_of(self.pair.guide, *self._batch(few)))
             for part in parts(samples, len(few), self.rows):
                 of_sites = [
                     _row_sums(node, node["fn"].log_prob(_beside(node, values[name][part])), 1)
@@ -347,7 +347,7 @@ def with_globals_held(pair: Prepared, batch: tuple[Tensor, ...] | None = None) -
     if not pair.has_global:
         return pair
     batch = tuple(x[:1] for x in pair.batch) if batch is None else batch
-    held = global_draws(poutine.trace(pair.guide).get_trace(*batch))
+    held = global_draws(trace_of(pair.guide, *batch))
     return dataclasses.replace(
         pair, guide=poutine.replay(pair.guide, trace=held), model=poutine.replay(pair.model, trace=held)
     )

@@ -13,7 +13,7 @@ from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.likelihood import error_and_size
 from pyrogen.evaluation.running import ROWS, Prepared, groups, parts, prepared
 from pyrogen.inference.latent_vector import LatentVector
-from pyrogen.inference.programs import per_row, repeat, row_axis, sample_sites
+from pyrogen.inference.programs import per_row, repeat, row_axis, sample_sites, trace_of
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
 from pyrogen.inference.tracing import Traced
 
@@ -257,7 +257,7 @@ def bidirectional_monte_carlo(
         lower, upper = [], []
         for few in parts(len(pair.batch[0]), min(chains, rows), rows):
             batch = tuple(tensor[few] for tensor in pair.batch)
-            drawn = sample_sites(poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch))
+            drawn = sample_sites(trace_of(poutine.uncondition(pair.model), *batch))
             first = _Target(pair, batch, min(chains, rows), traced, drawn)
             sizes, found = _tuned(first, steps, leapfrogs), []
             for target in first.groups(chains):
@@ -346,7 +346,7 @@ class _Target:
                 if name not in pair.latents and not node["infer"].get("_deterministic")
             }
         self.model = pair.model if drawn is None else poutine.uncondition(pair.model)
-        trace = poutine.trace(poutine.condition(self.model, data=self.seen)).get_trace(*self.rows)
+        trace = trace_of(poutine.condition(self.model, data=self.seen), *self.rows)
         self.parameters = parameters_of(pair.model, trace)
         self.first = sample_sites(trace)
         self.latents = LatentVector(pair.latents, self.first)
@@ -385,7 +385,7 @@ class _Target:
         values = self.latents.values(z)
         model = poutine.condition(self.model, data=seen | self.latents.placed(values))
         log_prior, log_likelihood = self.latents.log_volume(z, values), z.new_zeros(len(z))
-        for name, node in sample_sites(poutine.trace(model).get_trace(*rows)).items():
+        for name, node in sample_sites(trace_of(model, *rows)).items():
             if name in values:
                 node = without_mask(node)
                 log_prior = log_prior + per_row(node, node["fn"].log_prob(node["value"]))

@@ -13,7 +13,7 @@ from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions import MultivariateNormal, Normal, Vamp
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.guides import AmortizedGuide
-from pyrogen.inference.programs import evaluation_mode, global_draws, modules_of, unregistered
+from pyrogen.inference.programs import evaluation_mode, global_draws, modules_of, trace_of, unregistered
 from pyrogen.inference.terms import compare_sites, nothing, trace_programs
 from pyrogen.networks.mlp import MLP, as_shape
 
@@ -126,7 +126,7 @@ class _AtGlobals(nn.Module):
 
     def forward(self, *batch: Tensor) -> Any:
         with torch.no_grad(), poutine.block():
-            held = global_draws(poutine.trace(self._of_globals[0]).get_trace(*batch))
+            held = global_draws(trace_of(self._of_globals[0], *batch))
         return poutine.replay(self.explicit, trace=held)(*batch)
 
 

@@ -21,7 +21,7 @@ from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.evaluation.frames import arviz_major, import_arviz
 from pyrogen.evaluation.running import Prepared, prepared
 from pyrogen.inference.latent_vector import LatentVector
-from pyrogen.inference.programs import data_frame, per_row, sample_sites, unregistered
+from pyrogen.inference.programs import data_frame, per_row, sample_sites, trace_of, unregistered
 from pyrogen.inference.terms import frozen, parameters_of, without_mask
 from pyrogen.inference.turns import seeded
 
@@ -177,7 +177,7 @@ def nuts(
         raise ValueError(f"target_acceptance must be between 0 and 1, got {target_acceptance!r}")
     with prepared(model, guide, x, seed=seed, guided=guide is not None) as pair, poutine.block():
         _check_densities(pair)
-        trace = poutine.trace(pair.model).get_trace(*(tensor[:2] for tensor in pair.batch))
+        trace = trace_of(pair.model, *(tensor[:2] for tensor in pair.batch))
         with frozen(parameters_of(pair.model, trace)):
             return _sampled(pair, pair.model if guide is None else pair.guide, draws, warmup, chains, target_acceptance)
 
@@ -281,7 +281,7 @@ def _starting_points(pair: Prepared, starter: Callable, densities: list[_Density
     found: list[list[Tensor]] = [[] for _ in densities]
     for chain in range(chains):
         for _ in range(_ATTEMPTS):
-            drawn = sample_sites(poutine.trace(starter).get_trace(*pair.batch))
+            drawn = sample_sites(trace_of(starter, *pair.batch))
             for density, points in zip(densities, found, strict=True):
                 if len(points) == chain and _is_possible(density, point := density.flat(drawn)):
                     points.append(point)

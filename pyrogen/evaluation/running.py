@@ -1,5 +1,6 @@
 """Running programs outside of training: checked rows, a mode and a random state of their own, and bounded memory."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pyrogen.arguments import check_are, check_counts
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.batches import Batches, as_batch, check_data
-from pyrogen.inference.checks import check_programs, check_values, first_parameter
+from pyrogen.inference.checks import check_programs, check_values, check_weights, first_parameter
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import is_masked
 from pyrogen.inference.programs import (
@@ -25,11 +26,11 @@ from pyrogen.inference.programs import (
     evaluation_mode,
     global_draws,
     latent_sites,
-    modules_of,
     no_sites,
     prototype,
     repeat,
     sample_sites,
+    trace_of,
 )
 from pyrogen.inference.terms import Terms, compare_sites, nothing, trace_programs
 from pyrogen.inference.turns import seeded, turn
@@ -198,7 +199,7 @@ def prepared(
     """
     check_counts(or_none=False, **{"the number of particles or draws": particles, "the number of rows": rows})
     with turn():
-        _check_weights(model, guide)
+        check_weights(model, guide)
         batch = _placed(x, first_parameter(model, guide))
         check_data(batch)
         still = evaluation_mode(model, guide)
@@ -219,16 +220,6 @@ def prepared(
             seeded(seed, batch[0].device),
         ):
             yield _prepare(model, guide, batch, first)
-
-
-def _check_weights(*programs: Callable | None) -> None:
-    named = (named for program in programs for root in modules_of(program) for named in root.named_parameters())
-    if spoiled := [name for name, parameter in named if not torch.isfinite(parameter).all()]:
-        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
-        raise ValueError(
-            f"the weights '{spoiled[0]}'{more} of model or guide are NaN or infinite, so nothing can be said of them; "
-            "the training has diverged: go back to an earlier checkpoint, or train again with a smaller learning_rate"
-        )
 
 
 def _check_guideless(model: Callable, first: tuple[Tensor, ...]) -> None:
@@ -298,6 +289,7 @@ def _with_parameters(program: Callable, state: Any) -> Callable:
     if isinstance(program, nn.Module):
         return program
 
+    @functools.wraps(program)
     def function(*batch: Tensor) -> Any:
         with pyro.get_param_store().scope(state):
             return program(*batch)
@@ -342,7 +334,7 @@ def passes(
             replayed = program if held is None else poutine.replay(program, trace=held)
             with Copies(group):
                 copied = repeat(tuple(tensor[part] for tensor in batch), group)
-                trace = poutine.trace(replayed).get_trace(*copied)
+                trace = trace_of(replayed, *copied)
             held = held or global_draws(trace)
             yield part, group, trace
 

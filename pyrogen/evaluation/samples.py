@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrogen.arguments import checked
 from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.running import ROWS, Prepared, by_row, means, pair_passes, passes, prepared
-from pyrogen.inference.programs import data_frame, make_example, observed_sites, sample_sites
+from pyrogen.inference.programs import data_frame, make_example, observed_sites, sample_sites, trace_of
 from pyrogen.inference.run import Run
 
 __all__ = ["posterior_samples", "prior_samples", "reconstruct", "sample"]
@@ -225,7 +225,7 @@ def _new(pair: Prepared, n: int, rows: int) -> Iterator[poutine.Trace]:
     for start in range(0, n, size):
         batch = tuple(tensor[start : start + size] for tensor in pair.batch)
         program = poutine.uncondition(with_globals_held(pair, batch).model)
-        yield poutine.trace(program).get_trace(*batch)
+        yield trace_of(program, *batch)
 
 
 def _gather(found: Iterator[tuple[slice, int, poutine.Trace]], names: list[str]) -> dict[str, Tensor]:

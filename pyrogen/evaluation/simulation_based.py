@@ -13,7 +13,7 @@ from pyrogen.arguments import checked
 from pyrogen.evaluation.running import ROWS, Prepared
 from pyrogen.evaluation.simulations import Simulated, guide_draws, simulate, simulating
 from pyrogen.evaluation.uniform_ranks import LEVEL, Ranking, UniformRanks, counts_below
-from pyrogen.inference.programs import per_row, repeat, sample_sites
+from pyrogen.inference.programs import per_row, repeat, sample_sites, trace_of
 from pyrogen.inference.units import names_of_units
 
 __all__ = ["SimulationBasedCalibration", "UnitRanks", "simulation_based_calibration"]
@@ -237,7 +237,7 @@ class _Quantities:
         """Of a row, or of a whole data set."""
         if trace is not simulated.trace:
             batch = simulated.batch if simulated.row is not None else tuple(x[part] for x in simulated.batch)
-            trace = poutine.trace(poutine.replay(self.pair.model, trace=trace)).get_trace(*repeat(batch, copies))
+            trace = trace_of(poutine.replay(self.pair.model, trace=trace), *repeat(batch, copies))
         nodes = sample_sites(trace)
         each = [per_row(nodes[name], nodes[name]["fn"].log_prob(nodes[name]["value"])) for name in self.pair.observed]
         total = torch.stack(each).sum(0).view(copies, -1)

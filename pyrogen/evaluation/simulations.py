@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrogen.arguments import check_counts
 from pyrogen.evaluation.running import Prepared, by_row, parts, passes, prepared
 from pyrogen.inference.draws import is_masked
-from pyrogen.inference.programs import row_axis, sample_sites
+from pyrogen.inference.programs import row_axis, sample_sites, trace_of
 from pyrogen.inference.turns import seeded
 
 __all__ = ["Simulated", "guide_draws", "simulate", "simulating"]
@@ -75,7 +75,7 @@ def _check_global(pair: Prepared, rows: int) -> None:
     found = []
     for simulated in simulate(pair, 2, rows):
         with seeded(0, pair.batch[0].device):  # the same noise for two data sets
-            nodes = sample_sites(poutine.trace(pair.guide).get_trace(*simulated.batch))
+            nodes = sample_sites(trace_of(pair.guide, *simulated.batch))
         found.append([nodes[name]["value"] for name in names])
     if all(torch.equal(first, second) for first, second in zip(*found, strict=True)):
         raise ValueError(
@@ -99,7 +99,7 @@ def simulate(pair: Prepared, simulations: int, rows: int) -> Iterator[Simulated]
 
 
 def _simulation(pair: Prepared, batch: tuple[Tensor, ...], row: int | None) -> Simulated:
-    drawn = poutine.trace(poutine.uncondition(pair.model)).get_trace(*batch)
+    drawn = trace_of(poutine.uncondition(pair.model), *batch)
     nodes, shown, values = sample_sites(drawn), [*batch], {}
     for name in pair.observed:
         place = _place(pair, name)
@@ -108,7 +108,7 @@ def _simulation(pair: Prepared, batch: tuple[Tensor, ...], row: int | None) -> S
         if by_rows.numel() != shown[place].numel():
             raise ValueError(_COMPUTED.format(name))
         shown[place] = by_rows.reshape(shown[place].shape).to(shown[place].dtype)
-    trace = poutine.trace(poutine.replay(pair.model, trace=drawn)).get_trace(*shown)
+    trace = trace_of(poutine.replay(pair.model, trace=drawn), *shown)
     for name, value in values.items():
         if not torch.equal(torch.as_tensor(trace.nodes[name]["value"]).to(value), value):
             raise ValueError(_COMPUTED.format(name))

@@ -19,7 +19,7 @@ from pyrogen.evaluation.running import ROWS, Prepared, by_row, means, prepared
 from pyrogen.inference import Run
 from pyrogen.inference.draws import draw_only, is_masked
 from pyrogen.inference.latent_vector import LatentVector
-from pyrogen.inference.programs import is_real, observed_sites
+from pyrogen.inference.programs import is_real, observed_sites, trace_of
 
 __all__ = ["Latents", "decode", "interpolation", "latents_of", "prior_density", "traversal"]
 
@@ -209,7 +209,7 @@ def decode(run: Run, z: Tensor, rows: tuple[Tensor, ...], *, start: Tensor | Non
             known = {name: means(node) for name, node in nodes.items() if is_real(pair.latents[name].support)}
             base = {name: mean for name, mean in known.items() if mean is not None}
         with _Moved(held, base):
-            trace = poutine.trace(poutine.uncondition(program)).get_trace(*pair.batch)
+            trace = trace_of(poutine.uncondition(program), *pair.batch)
         node = observed_sites(trace)[pair.observed[0]]
         mean = means(node)
         return by_row(node, node["value"] if mean is None else mean, 1)[0].float().cpu()

@@ -14,7 +14,7 @@ from pyrogen.inference.draws import Draws
 from pyrogen.inference.hybrids import SMOOTH, Hybrid
 from pyrogen.inference.matching import check_unmasked, check_weights
 from pyrogen.inference.objectives import Estimate
-from pyrogen.inference.programs import repeat, sample_sites, unregistered
+from pyrogen.inference.programs import repeat, sample_sites, trace_of, unregistered
 from pyrogen.inference.ratios import Hinge, LeastSquares, Logistic, Ratio, Wasserstein, at_least_single
 from pyrogen.inference.terms import Terms, frozen, parameters_of
 from pyrogen.networks.critics import Critic
@@ -322,7 +322,7 @@ def _through_guide(draws: Draws) -> Tensor:
     parameters = parameters_of(draws.program, draws.traces.model)
     with torch.set_grad_enabled(draws.gradients), frozen(parameters):
         program = poutine.replay(unregistered(draws.program), trace=draws.traces.guide)
-        return draws.visible(sample_sites(poutine.trace(program).get_trace(*draws.rows)))
+        return draws.visible(sample_sites(trace_of(program, *draws.rows)))
 
 
 def _mirrored(loss: str, t: Tensor) -> Tensor:

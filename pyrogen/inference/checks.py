@@ -23,7 +23,7 @@ from pyrogen.inference.programs import (
 )
 from pyrogen.inference.turns import seeded
 
-__all__ = ["check_programs", "check_values", "first_parameter"]
+__all__ = ["check_programs", "check_values", "check_weights", "first_parameter", "same_support"]
 
 _DRAWS = 100
 
@@ -70,6 +70,17 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor, guid
         _check_site(site, model_trace.nodes[name], drawn[name])
     if len(batch[0]) > 1:
         _check_follows(sample_sites(prototype(guide, *(x[:-1] for x in batch))), len(batch[0]) - 1)
+
+
+def check_weights(*programs: Callable | None) -> None:
+    """Raise a ``ValueError`` for programs with a weight that is NaN or infinite, by its name."""
+    named = (named for program in programs for root in modules_of(program) for named in root.named_parameters())
+    if spoiled := [name for name, parameter in named if not torch.isfinite(parameter).all()]:
+        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
+        raise ValueError(
+            f"the weights '{spoiled[0]}'{more} of model or guide are NaN or infinite, so nothing can be said of them; "
+            "the training has diverged: go back to an earlier checkpoint, or train again with a smaller learning_rate"
+        )
 
 
 def _check_data_plate(trace: poutine.Trace, rows: int) -> None:

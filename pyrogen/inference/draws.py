@@ -22,6 +22,7 @@ from pyrogen.inference.programs import (
     repeat,
     row_axis,
     sample_sites,
+    trace_of,
 )
 from pyrogen.inference.terms import Traces, trace_programs
 
@@ -73,7 +74,7 @@ class Draws:
     def detached(self) -> dict[str, dict[str, Any]]:
         """The model's sites, run on the guide's draws without their gradients."""
         with torch.set_grad_enabled(self.gradients):
-            return sample_sites(poutine.trace(self._on(_constants(self.traces.guide))).get_trace(*self.rows))
+            return sample_sites(trace_of(self._on(_constants(self.traces.guide)), *self.rows))
 
     @cached_property
     def detached_latents(self) -> dict[str, dict[str, Any]]:
@@ -92,7 +93,7 @@ class Draws:
         """The model run on its own with nothing observed, at the guide's global sites without their gradients."""
         shared = _constants(self._globals)
         with torch.set_grad_enabled(self.gradients):
-            return poutine.trace(poutine.uncondition(self._on(shared))).get_trace(*self.rows)
+            return trace_of(poutine.uncondition(self._on(shared)), *self.rows)
 
     @cached_property
     def prior_latents(self) -> dict[str, dict[str, Any]]:

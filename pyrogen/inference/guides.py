@@ -13,14 +13,16 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyrogen.arguments import checked, shown
 from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
 from pyrogen.distributions.supports import to_support
-from pyrogen.inference.checks import same_support
+from pyrogen.inference.checks import first_parameter, same_support
 from pyrogen.inference.programs import (
     Site,
+    check_takes,
     describe_example,
     encode,
     evaluation_mode,
@@ -30,6 +32,7 @@ from pyrogen.inference.programs import (
     module_name,
     observed_sites,
     prototype,
+    rehearsal,
     sample_sites,
 )
 from pyrogen.inference.turns import seeded
@@ -64,8 +67,10 @@ class AmortizedGuide(PyroModule):
             reads more of its batch than the length when nothing is observed, or that observes several sites.
 
     Raises:
+        TypeError: If a family does not give a module whose call returns a distribution.
         ValueError: If the model has a discrete latent site, no latent site at all, or a name in ``family`` is not one
-            of its sites; if it cannot be traced without an ``example``.
+            of its sites; if a distribution has another event shape or context than its site; if the model cannot be
+            traced without an ``example``.
 
     Example:
         >>> from pyrogen.distributions import Bernoulli, Flow, StandardNormal
@@ -102,6 +107,7 @@ class AmortizedGuide(PyroModule):
             raise ValueError("the model has no latent site to guide; train it with guide=None")
         if isinstance(family, Mapping) and (unknown := family.keys() - self.sites.keys()):
             raise ValueError(f"family names the sites {sorted(unknown)}, but the model's are {[*self.sites]}")
+        check_takes(encoder, *batch)
         try:
             with torch.no_grad(), evaluation_mode(encoder):
                 features = encoder(*batch)
@@ -134,10 +140,7 @@ class AmortizedGuide(PyroModule):
             first = site.name == next(iter(self.sites))
             if others or not first:
                 self.contexts[module_name(site.name)] = _Context(width, tuple(others), residual=not first)
-        family = self._family_of(site)
-        self.conditionals[module_name(site.name)] = (
-            family if isinstance(family, nn.Module) else family(_features(site), context)
-        )
+        self.conditionals[module_name(site.name)] = _conditional(self._family_of(site), site, context)
 
     def _bind(self, priors: list[Vamp], trace: poutine.Trace) -> None:
         first = next(iter(self.sites.values()))
@@ -193,6 +196,37 @@ class AmortizedGuide(PyroModule):
 
     def extra_repr(self) -> str:
         return f"sites={[*self.sites]}"
+
+
+def _conditional(family: Family, site: Site, context: int) -> nn.Module:
+    """What a family gives for a site, called once to see that it fits."""
+    if not isinstance(family, nn.Module):
+        try:
+            family = family(_features(site), context)
+        except TypeError as error:
+            raise TypeError(
+                f"the family of site '{site.name}' is called as family(features, context), as Normal is: {error}"
+            ) from error
+    if not isinstance(family, nn.Module):
+        raise TypeError(_NO_CONDITIONAL.format(site.name, shown(family)))
+    home = first_parameter(family)
+    given = () if not context else ((torch.zeros(()) if home is None else home).new_zeros(2, context),)
+    try:
+        with torch.random.fork_rng(devices=[]), rehearsal(family):
+            q = family(*given)
+    except (TypeError, RuntimeError) as error:
+        came = f"{shown(family)}, which fails on a context of width {context}: {error}"
+        raise TypeError(_NO_CONDITIONAL.format(site.name, came)) from error
+    if not isinstance(q, Distribution):
+        raise TypeError(_NO_CONDITIONAL.format(site.name, f"{shown(family)}, which returns {shown(q)}"))
+    _supported(site, q)
+    return family
+
+
+_NO_CONDITIONAL = (
+    "the family of site '{}' must be, or give when called as family(features, context), a module whose call with a "
+    "context returns a distribution, such as Normal; got {}"
+)
 
 
 class _Context(nn.Module):

@@ -35,6 +35,7 @@ __all__ = [
     "bare",
     "bare_program",
     "before",
+    "check_takes",
     "data_frame",
     "describe_example",
     "encode",
@@ -52,6 +53,7 @@ __all__ = [
     "rehearsal",
     "repeat",
     "sample_sites",
+    "trace_of",
     "unregistered",
 ]
 
@@ -243,9 +245,38 @@ def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> pouti
         batch: The tensors it is called with.
         observed: Whether its observations hold; else they are sampled.
     """
+    check_takes(program, *batch)
     devices = {tensor.device for tensor in batch if tensor.is_cuda}
     with torch.random.fork_rng(devices=devices), rehearsal(program):
-        return poutine.trace(program if observed else poutine.uncondition(program)).get_trace(*batch)
+        return trace_of(program if observed else poutine.uncondition(program), *batch)
+
+
+def check_takes(program: Callable, *batch: Tensor) -> None:
+    """Raise a ``TypeError`` for a program, or an encoder, that takes more tensors or fewer than a batch has."""
+    function = program.forward if isinstance(program, nn.Module) else program
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    try:
+        signature.bind(*batch)
+    except TypeError as error:
+        name = getattr(program, "__name__", type(program).__name__)
+        raise TypeError(
+            f"{name} is called as {name}({', '.join(signature.parameters)}), but each tensor of the data is an "
+            f"argument, and there are {len(batch)}; join rows of one kind by torch.stack, or take as many arguments"
+        ) from error
+
+
+def trace_of(program: Callable, *batch: Tensor) -> poutine.Trace:
+    """Run a program and trace it. Its errors come as they are, with the shapes of the sites before them as a note."""
+    with poutine.trace() as tracing:
+        try:
+            program(*batch)
+        except (ValueError, RuntimeError) as error:  # to whose text Pyro's own handler would add them
+            error.add_note(tracing.trace.format_shapes())
+            raise
+    return tracing.get_trace()
 
 
 class Program(nn.Module):
@@ -272,7 +303,7 @@ class Program(nn.Module):
             poutine.block(),
             evaluation_mode(function),
         ):
-            poutine.trace(function).get_trace(*batch)
+            trace_of(function, *batch)
         known = {id(parameter) for parameter in self.parameters()}
         for name, value in self._store["params"].items():
             if id(value) not in known:

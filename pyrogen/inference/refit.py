@@ -43,6 +43,7 @@ from pyrogen.inference.programs import (
     prototype,
     rehearsal,
     sample_sites,
+    trace_of,
 )
 from pyrogen.inference.run import FitOptions, Run
 from pyrogen.inference.terms import frozen
@@ -255,7 +256,7 @@ def _from_one_noise(model: Callable, batch: tuple[Tensor, ...], name: str, seed:
     program = poutine.uncondition(model)
     with rehearsal(model):
         with seeded(seed, batch[0].device):
-            nodes = sample_sites(poutine.trace(program).get_trace(*batch))
+            nodes = sample_sites(trace_of(program, *batch))
         earlier = {other: nodes[other]["value"] for other in before(nodes, name)}
         with seeded(0, batch[0].device):
             return draw_only(poutine.condition(program, data=earlier), [name], batch)[name]["value"]

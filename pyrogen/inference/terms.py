@@ -23,6 +23,7 @@ from pyrogen.inference.programs import (
     per_row,
     repeat,
     sample_sites,
+    trace_of,
     unregistered,
 )
 
@@ -160,13 +161,13 @@ def trace_programs(
     """Draw from the guide and run the model on the draws; see :func:`run_programs`."""
     rows, guide = repeat(batch, particles), guide or no_sites
     with Copies(particles) as copies:
-        guide_trace = poutine.trace(guide).get_trace(*rows)
+        guide_trace = trace_of(guide, *rows)
         if frozen_guide:
             _check_densities_repeat(guide_trace)
         if frozen_guide and torch.is_grad_enabled():
             with copies.again():
                 guide_trace = _frozen_replay(guide, guide_trace, rows, through)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*rows)
+        model_trace = trace_of(poutine.replay(model, trace=guide_trace), *rows)
     _check_latents(guide_trace, model_trace)
     features = torch.cat([each.flatten(1) for each in copies.features], -1) if copies.features else None
     return Traces(guide_trace, model_trace, rows, features, particles)
@@ -361,7 +362,7 @@ def _frozen_replay(
             fixed |= {name: node} if data_frame(node) is None else {}
             held.add_node(name, **node | {"value": node["value"].detach() if name in fixed else through(node)})
     with frozen(parameters_of(guide, trace)):
-        scored = poutine.trace(poutine.replay(unregistered(guide), trace=held)).get_trace(*rows)
+        scored: Any = trace_of(poutine.replay(unregistered(guide), trace=held), *rows)
     for name, node in fixed.items():
         scored.nodes[name] = node
     return scored

@@ -8,7 +8,7 @@ from typing import Any
 from pyro import poutine
 from torch import Tensor
 
-from pyrogen.inference.programs import Copies, data_frame, rehearsal, repeat, row_axis, sample_sites
+from pyrogen.inference.programs import Copies, data_frame, rehearsal, repeat, row_axis, sample_sites, trace_of
 
 __all__ = ["INACTIVE", "UNIT_ROWS", "by_row", "inactive_units", "means", "names_of_units", "unit_variances"]
 
@@ -97,13 +97,13 @@ def inactive_units(guide: Callable, names: Sequence[str], batch: tuple[Tensor, .
     """
     with rehearsal(guide):
         rows, particles = len(batch[0]), 1
-        trace = poutine.trace(guide).get_trace(*batch)
+        trace = trace_of(guide, *batch)
         nodes = sample_sites(trace)
         if len(nodes) > 1 or any(means(node) is None for node in nodes.values()):
             batch, particles = tuple(x[:: math.ceil(rows / NOISY_ROWS)] for x in batch), DRAWS
             rows = len(batch[0])
             with Copies(particles):
-                trace = poutine.trace(guide).get_trace(*repeat(batch, particles))
+                trace = trace_of(guide, *repeat(batch, particles))
         variances = unit_variances([(slice(0, rows), particles, trace)], names, rows, particles)
     found = []
     for name, variance in variances.items():

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -238,6 +239,8 @@ def test_density_and_moments_are_refused():
         (4, torch.zeros(7, 3), r"expected a context of shape \(..., 4\), got shape \(7, 3\)"),
         (4, torch.zeros(()), r"expected a context of shape \(..., 4\), got shape \(\)"),
         (0, torch.zeros(7, 3), r"built without a context but got one of shape \(7, 3\)"),
+        (4, np.zeros((7, 4)), r"expected a context of shape \(..., 4\), got array"),
+        (4, torch.full((7, 4), torch.nan), "the context holds NaN or infinity"),
     ],
 )
 def test_wrong_context_is_refused(context, given, message):

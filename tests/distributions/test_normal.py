@@ -1,8 +1,24 @@
 """The normal families: their parameters' places, and precision where scales differ."""
 
+import numpy as np
+import pytest
 import torch
 
-from pyrogen.distributions import MultivariateNormal
+from pyrogen.distributions import Delta, Flow, Mixture, MultivariateNormal, Normal
+
+
+@pytest.mark.parametrize("family", [Delta, Flow, Mixture, MultivariateNormal, Normal])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((7, 4)), r"expected a context of shape \(..., 4\), got array"),
+        (torch.zeros(()), r"expected a context of shape \(..., 4\), got shape \(\)"),
+        (torch.full((7, 4), torch.nan), "the context holds NaN or infinity"),
+    ],
+)
+def test_wrong_context_is_refused(family, given, message):
+    with pytest.raises(ValueError, match=message):
+        family(2, 4)(given)
 
 
 def test_the_factor_is_scales_times_a_unit_triangle():

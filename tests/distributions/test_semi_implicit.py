@@ -5,6 +5,7 @@ import itertools
 import math
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -485,6 +486,8 @@ def test_what_has_a_stochastic_density():
         (4, None, r"expected a context of shape \(..., 4\), got none"),
         (4, torch.zeros(7, 3), r"expected a context of shape \(..., 4\), got shape \(7, 3\)"),
         (0, torch.zeros(7, 3), r"built without a context but got one of shape \(7, 3\)"),
+        (4, np.zeros((7, 4)), r"expected a context of shape \(..., 4\), got array"),
+        (4, torch.full((7, 4), torch.nan), "the context holds NaN or infinity"),
     ],
 )
 def test_wrong_context_is_refused(context, given, message):

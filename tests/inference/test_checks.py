@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributions import biject_to, constraints
 from torch.utils.data import Dataset
 
+import pyrogen as pg
 from pyrogen.distributions import Bernoulli, ContinuousBernoulli, Flow, Mixture, Normal, StandardNormal, Vamp
 from pyrogen.inference import ELBO, AmortizedGuide, fit
 from pyrogen.inference.batches import training_and_validation
@@ -36,6 +37,51 @@ def program(site=None, *, plate="data", size=None, observed=True, name="z"):
 
 def guide(site=None, **options):
     return program(site, observed=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([*X], r"LatentVariableModel is called as LatentVariableModel\(x\), .* argument, and there are 6"),
+        ((X, X), r"LatentVariableModel\(x\), .* argument, and there are 2"),
+    ],
+)
+def test_several_tensors_for_a_program_of_one(data, expected):
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, 3)))
+    with pytest.raises(TypeError, match=expected):
+        fit(model, AmortizedGuide(model, MLP(3, 4)), ELBO(), data, epochs=1, progress=False)
+
+
+def test_one_tensor_for_a_program_of_two():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(y + z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    for use in (
+        lambda: fit(model, guide(dist.Normal(0.0, 1.0)), ELBO(), X, epochs=1, progress=False),
+        lambda: pg.evaluation.log_likelihood(model, guide(dist.Normal(0.0, 1.0)), X, particles=2),
+    ):
+        with pytest.raises(TypeError, match=r"model is called as model\(x, y\), but .* argument, and there are 1"):
+            use()
+    with pytest.raises(TypeError, match=r"MLP is called as MLP\(x\), but .* argument, and there are 2"):
+        AmortizedGuide(model, MLP(3, 4), example=(X, X))
+
+
+def test_errors_of_a_program_come_without_pyros_table_of_shapes():
+    """Which stands below them where they are shown in full."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ torch.ones(3, 3), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        fit(model, guide(), ELBO(), X, epochs=1, progress=False)
+    assert "Trace Shapes" not in str(raised.value) and "Trace Shapes" in raised.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"could not run on a stand-in batch of two rows \(RuntimeError: ") as raised:
+        AmortizedGuide(model, MLP(3, 4))
+    assert "\n" not in str(raised.value) and "pass example=" in str(raised.value).lower()
 
 
 def two_sites(x):
