@@ -131,6 +131,7 @@ class Training:
         self.timed, self.fastest = 0, math.inf
         self.look_every = LOOK_EVERY.get(fabric.device.type, LOOK_ELSEWHERE)
         self.unseen: list[Seen] = []
+        self.keeps, self.kept_at, self.kept = True, 0, dict[str, Tensor]()
         self.failure: Exception | None = None
         self.skips, self.in_a_row = options.non_finite == "skip", 0
         self.stopping, self.others_asked = Stopping(), False
@@ -224,6 +225,10 @@ class Training:
                     write_run(self.run, self.folder)
             if self.stopping.by is not None:  # in the last step, and what follows this fit is not wanted
                 raise self.stopping.error()
+        except NonFiniteLoss:
+            if self.kept:
+                load_weights(self.run.programs, self.kept, "the kept weights")
+            raise
         finally:
             self.programs.eval()
             for logger in self.fabric.loggers:
@@ -234,6 +239,7 @@ class Training:
         started = began = time.perf_counter()
         epoch, done = divmod(self.step, self.batches.per_epoch)
         tally, since = self.tally, 0
+        self.keeps = True
         self.programs.train()
         batches = self.batches.epoch(epoch, self.fabric.device, skip=done)
         for position in range(done, min(self.batches.per_epoch, done + self.total - self.step)):
@@ -320,8 +326,10 @@ class Training:
             return {}
         self.in_a_row = 0
         self.unseen.append(Seen(self.step, agreed, loss, self.share, {} if estimate is None else estimate.metrics))
-        if len(self.unseen) >= self.look_every:
+        if len(self.unseen) >= self.look_every or self.keeps:
             self._look(estimate, batch)
+        if self.keeps:
+            self._keep()
         for name, stepper in self.steppers.items():
             if name == "critic" or self.step >= options.critic.warmup or "critic" not in self.steppers:
                 self._move(stepper)
@@ -330,6 +338,11 @@ class Training:
         if estimate is None:
             return {}
         return {"loss": loss if estimate.of_program is None else estimate.of_program} | estimate.metrics | looked
+
+    def _keep(self) -> None:
+        """Keep the weights, whose loss was just seen to be finite, lest later ones are spoiled; once an epoch."""
+        self.keeps, self.kept_at = False, self.step
+        self.kept = {name: tensor.detach().clone() for name, tensor in unique_tensors(self.run.programs).items()}
 
     def _kept_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers with what they hold, where a step may be skipped."""

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from pyrogen.arguments import check_are
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
-from pyrogen.inference.checks import check_programs, check_values, first_parameter
+from pyrogen.inference.checks import check_programs, check_values, check_weights, first_parameter
 from pyrogen.inference.folders import held, prepare_folder
 from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import Objective
@@ -140,7 +140,8 @@ def fit(
         ValueError: Before any training, for data, programs or options that do not fit each other.
         OutputExistsError: Before any training, if ``out`` holds something or another process writes there.
         WriteError: If a file can't be written, for a full disk, say; what was written before stays.
-        NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began.
+        NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began. Model and guide then have the
+            weights of the last start of an epoch at which the loss was finite.
         torch.OutOfMemoryError: If a step takes more memory than a GPU has; it names a ``batch_size`` that fits.
         KeyboardInterrupt, SystemExit: After Ctrl-C; after SIGTERM, with the code 143.
 
@@ -205,6 +206,7 @@ def fit(
                 raise ValueError(
                     "patience needs validation data; pass what pyrogen.data.load returns, or leave patience out"
                 )
+            check_weights(model, guide)
             example = _example(model, guide, batches)
             for part in (batches, validation):
                 if part is not None:

@@ -20,7 +20,8 @@ __all__ = ["NonFiniteLoss", "Seen", "check_weights", "explained", "out_of_memory
 class NonFiniteLoss(ArithmeticError):
     """A loss that is NaN or infinite; training stopped before the step that it would have spoiled.
 
-    On a GPU, where losses are looked at every 50 steps, the weights may have been spoiled since, but none were written.
+    Steps before it may have spoiled weights; none were written, and model and guide go back to the weights of the last
+    start of an epoch at which the loss was finite.
     """
 
 
@@ -89,9 +90,10 @@ def explained(training: "Training", what: str, origin: str, step: int) -> str:
     if step == training.step and (spoiled := _spoiled(training)):
         origin = f"{origin}, for the step before made {spoiled[0]} not finite"
     epoch = step // training.batches.per_epoch + 1
+    back = f", and model and guide have their weights of step {training.kept_at} again" if training.kept else ""
     return (
-        f"{what} at step {step + 1} (epoch {epoch}); it began at {origin}. Training stopped and "
-        f"{where_it_stands(training)}. Try a smaller learning_rate, or gradient_clip=1.0"
+        f"{what} at step {step + 1} (epoch {epoch}); it began at {origin}. Training stopped: "
+        f"{where_it_stands(training)}{back}. Try a smaller learning_rate, or gradient_clip=1.0"
     )
 
 

@@ -458,7 +458,7 @@ def test_the_seed_alone_decides(digits):
 
 
 def test_losses_are_looked_at_now_and_then_where_a_look_costs_time(digits, monkeypatch, traced_only):
-    """As on a GPU: the training is the same, and at the end of an epoch no loss is left unseen."""
+    """As on a GPU: the training is the same, the first loss of an epoch is looked at, and at its end none is unseen."""
     known = short_fit(digits)
     looks = []
     original = loop.Training._look
@@ -471,7 +471,7 @@ def test_losses_are_looked_at_now_and_then_where_a_look_costs_time(digits, monke
     monkeypatch.setattr(loop, "LOOK_EVERY", {})
     monkeypatch.setattr(loop, "LOOK_ELSEWHERE", 3)
     run = short_fit(digits)
-    assert looks == [[0, 1, 2], [3], [4, 5, 6], [7], [8, 9, 10], [11], [12, 13, 14], [15]]
+    assert looks == [[0], [1, 2, 3], [4], [5, 6, 7], [8], [9, 10, 11], [12], [13, 14, 15]]
     for name, value in known.programs.state_dict().items():
         assert torch.equal(value, run.programs.state_dict()[name]), name
     monkeypatch.setattr(loop, "PAYS_FROM", -1.0)
@@ -584,6 +584,38 @@ def test_a_nan_loss_stops_names_its_site_and_leaves_the_checkpoint(place, tmp_pa
     model, guide = build(0)
     loaded = pg.load(tmp_path / "run", model=model, guide=guide)
     assert all(torch.isfinite(p).all() for p in loaded.programs.parameters()) and len(loaded.history) == 2
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_after_a_divergence_programs_have_weights_that_can_be_used(every, digits, monkeypatch, tmp_path):
+    """Those of the last start of an epoch, not those to which a step of enormous size led."""
+    monkeypatch.setattr(loop, "LOOK_EVERY", {"cpu": every})
+    model, guide = programs()
+    options: dict[str, Any] = {"batch_size": 32, "progress": False, "out": tmp_path / "run"}
+
+    def wild(share):  # from the second step of the second epoch on, of four
+        return 1e30 if share > 0.3 else 1.0
+
+    with pytest.raises(NonFiniteLoss, match=r"\(epoch 2\); .* model and guide have their weights of step 4 again"):
+        fit(model, guide, ELBO(), digits, epochs=4, schedule=wild, **options)
+    found = {name: value for part in (model, guide) for name, value in part.state_dict().items()}
+    other, its_guide = programs()
+    fit(other, its_guide, ELBO(), digits, epochs=1, **options | {"out": None})
+    known = {name: value for part in (other, its_guide) for name, value in part.state_dict().items()}
+    weights = [name for name in found if "running" not in name and "batches" not in name]  # the step's own were kept
+    assert weights and all(torch.equal(found[name], known[name]) for name in weights)
+    assert torch.isfinite(pg.evaluation.log_likelihood(model, guide, digits.test, particles=2)).all()
+    with pytest.warns(UserWarning, match="options.schedule"):
+        again = fit(model, guide, ELBO(), digits, epochs=4, **options, resume="anyway")
+    assert len(again.history) == 4
+
+
+def test_weights_that_are_not_finite_are_named_before_any_training(digits):
+    model, guide = programs()
+    with torch.no_grad():
+        guide.encoder[1].bias[2] = torch.nan
+    with pytest.raises(ValueError, match=r"the weights 'encoder\.1\.bias' of model or guide are NaN or infinite"):
+        fit(model, guide, ELBO(), digits, epochs=1, progress=False)
 
 
 def test_a_run_goes_on_after_a_nan(digits, tmp_path, monkeypatch):
