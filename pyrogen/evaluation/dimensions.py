@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.aggregate import Aggregate, Values, aggregated
-from pyrogen.evaluation.errors import check_not_negative, standard_error
+from pyrogen.evaluation.errors import check_not_negative, standard_error, with_error
 from pyrogen.evaluation.held_out import STEPS, HeldOutEstimate
 from pyrogen.evaluation.held_out_dimensions import held_out_total_correlation_estimate
 from pyrogen.evaluation.running import ROWS
@@ -74,9 +74,9 @@ class TotalCorrelation:
             for name, kl in self.dimensions.items()
         )
         return (
-            f"marginal KL {self.marginal_kl:.3f} ± {self.marginal_kl_error:.3f} nats: total correlation "
-            f"{self.total_correlation:.3f} ± {self.total_correlation_error:.3f} ({joint}), dimension by dimension "
-            f"{self.dimension_wise_kl:.3f} ± {self.dimension_wise_error:.3f}, remainder {self.remainder:.3f}; "
+            f"marginal KL {with_error(self.marginal_kl, self.marginal_kl_error)} nats: total correlation "
+            f"{with_error(self.total_correlation, self.total_correlation_error)} ({joint}), dimension by dimension "
+            f"{with_error(self.dimension_wise_kl, self.dimension_wise_error)}, remainder {self.remainder:.3f}; "
             f"{', '.join(by_site)}; {self.observations} observations, {self.samples} samples"
         )
 

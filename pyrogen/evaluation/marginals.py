@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrogen.arguments import check_counts, checked
 from pyrogen.evaluation.aggregate import aggregated
-from pyrogen.evaluation.errors import check_not_negative, standard_error
+from pyrogen.evaluation.errors import check_not_negative, standard_error, with_error
 from pyrogen.evaluation.running import ROWS
 
 __all__ = ["MarginalKL", "marginal_kl", "mutual_information"]
@@ -43,11 +43,14 @@ class MarginalKL:
     samples: int
 
     def __str__(self) -> str:
+        unknown = "and of one observation it is not known how much of it is for want of more"
+        excess = unknown if math.isnan(self.excess) else f"up to {self.excess:.3f} of it for want of more"
+        information = with_error(self.mutual_information, self.mutual_information_error)
         return (
-            f"rate {self.rate:.3f} nats: mutual information {self.mutual_information:.3f} ± "
-            f"{self.mutual_information_error:.3f} (at most log N = {math.log(self.observations):.3f}) and marginal KL "
-            f"{self.marginal_kl:.3f} ± {self.marginal_kl_error:.3f}, up to {self.excess:.3f} of it for want of more; "
-            f"{self.observations} observations, {self.samples} samples"
+            f"rate {self.rate:.3f} nats: mutual information {information} (at most log N = "
+            f"{math.log(self.observations):.3f}) and marginal KL "
+            f"{with_error(self.marginal_kl, self.marginal_kl_error)}, {excess}; {self.observations} observations, "
+            f"{self.samples} samples"
         )
 
 

@@ -41,9 +41,10 @@ class PriorHoles:
     samples: int
 
     def __str__(self) -> str:
+        outside = f"{100 * self.outside:.2f} ± {100 * self.outside_error:.2f} % of q(z) where the prior is; "
         return (
             f"{100 * self.mass:.2f} ± {100 * self.error:.2f} % of the prior lies where q(z) is negligible, "
-            f"{100 * self.outside:.2f} ± {100 * self.outside_error:.2f} % of q(z) where the prior is; "
+            f"{'' if math.isnan(self.outside) else outside}"
             f"{100 * self.level:g} % where they are equal; {self.observations} observations, {self.samples} samples"
         )
 
