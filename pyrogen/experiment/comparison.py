@@ -34,7 +34,7 @@ from pyrogen.experiment.programs import amortized_guide, independent_copy
 from pyrogen.experiment.table import Comparison, printable, row_of, slug
 from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, open_pool, perform_all
 from pyrogen.inference import CriticOptions, FitOptions, NonFiniteLoss, Objective, Run
-from pyrogen.inference.batches import Batches, training_and_validation
+from pyrogen.inference.batches import Batches, check_data, training_and_validation
 from pyrogen.inference.checkpoints import atomically, leftovers
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.critic_objective import CriticObjective
@@ -174,7 +174,7 @@ def compare(
     if (home := first_parameter(model)) is not None:
         batches = dataclasses.replace(batches, dtype=home.dtype)
     known_parts(parts)
-    rows, source = _test_rows(data, test)
+    rows, source = _test_rows(model, data, test)
     fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)
     folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
     if configuration is None:
@@ -270,7 +270,6 @@ def _note_error(folder: Path, error: Exception | None) -> None:
 
 
 def _reason(name: str, error: Exception) -> str:
-    # Pyro adds the shapes of a trace below.
     text = next(iter(str(error).removeprefix(f"{name}: ").splitlines()), "")
     return text if isinstance(error, (NonFiniteLoss, ChildProcessError)) else f"{type(error).__name__}: {text}"
 
@@ -317,10 +316,18 @@ def _prepare(
     return fits, left_out
 
 
-def _test_rows(data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
+def _test_rows(model: Callable, data: Any, test: Any) -> tuple[tuple[Tensor, ...], str]:
     """The rows to evaluate on, and what they are."""
     if test is not None:
-        return ((test,) if isinstance(test, Tensor) else tuple(test)), "test rows"
+        rows = (test,) if isinstance(test, Tensor) else tuple(test)
+        if not rows:
+            raise ValueError("expected test as a tensor or a tuple of tensors, got none; leave it out, or add rows")
+        try:
+            check_data(rows)
+            check_values(model, Batches(rows, None, len(rows[0]), 0))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"test: {error}") from error
+        return rows, "test rows"
     if isinstance(data, Data):
         return (data.test,), "test rows"
     if isinstance(data, Dataset):

@@ -226,6 +226,22 @@ def test_bad_guides(model, digits, guides, message):
         pg.compare(model, guides, encoder=encoder_of(digits), data=digits, **TINY)
 
 
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ([], "expected test as a tensor or a tuple of tensors, got none"),
+        (torch.zeros(0, 1, 8, 8), "test: the data are empty"),
+        (torch.zeros(4, 3), r"test: the data give the observed site 'x' the shape \(2, 3\)"),
+        (torch.full((4, 1, 8, 8), 0.5), "test: the data lie outside the support"),
+        ((torch.zeros(4, 1, 8, 8),) * 2, "test: .* argument, and there are 2"),
+    ],
+)
+def test_bad_test_rows_are_seen_before_any_training(model, digits, test, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, test=test, out=tmp_path / "out", **TINY)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_diverging_fit_is_named(model, digits):
     with pytest.raises(NonFiniteLoss, match=r"^wild: the loss is"):
         pg.compare(
