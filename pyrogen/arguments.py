@@ -23,10 +23,12 @@ __all__ = [
     "check_counts",
     "check_positive",
     "checked",
+    "in_words",
     "is_finite",
     "is_whole",
     "plain",
     "plain_as",
+    "plainly",
     "shown",
 ]
 
@@ -67,12 +69,20 @@ def checked(*, but: Sequence[str] = ()) -> Callable[[T], T]:
     return decorated
 
 
-def _checked(function: Callable, name: str, but: Sequence[str]) -> Callable:
+def plainly(function: T) -> T:
+    """The function, to which numbers of numpy and torch come as Python's own where annotations ask for numbers."""
+    return _checked(function, "", (), check=False)
+
+
+def _checked(function: Any, name: str, but: Sequence[str], *, check: bool = True) -> Any:
     signature = inspect.signature(function)
 
     @functools.cache
     def hints() -> dict[str, Any]:  # when it is first called, for names of other modules may be missing before
-        known = get_type_hints(function)
+        try:
+            known = get_type_hints(function)
+        except NameError:  # of a user's class, whose annotations may be for type checkers alone
+            return {}
         return {key: known[key] for key in signature.parameters if key in known and key not in but}
 
     @functools.wraps(function)
@@ -85,8 +95,8 @@ def _checked(function: Callable, name: str, but: Sequence[str]) -> Callable:
             if key not in bound.arguments or bound.arguments[key] is signature.parameters[key].default:
                 continue
             value = bound.arguments[key] = plain_as(bound.arguments[key], hint)
-            if not _fits(value, hint):
-                raise ValueError(f"{name}: {key} must be {_in_words(hint)}, got {shown(value)}")
+            if check and not _fits(value, hint):
+                raise ValueError(f"{name}: {key} must be {in_words(hint)}, got {shown(value)}")
         try:
             return function(*bound.args, **bound.kwargs)
         except RuntimeError as error:
@@ -195,10 +205,11 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
 """How to tell things of plain kinds, and what they are called."""
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """What an annotation asks for, for a message."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_in_words, inner)))
+        return " or ".join(dict.fromkeys(map(in_words, inner)))
     if origin is Literal:
         return f"one of {[*inner]}"
     if origin in (type, Callable) or hint is Callable:
@@ -206,9 +217,9 @@ def _in_words(hint: Any) -> str:
     if origin in (tuple, list, Sequence):
         if inner[0] is int:
             return f"a sequence of sizes (a size must be positive and at most {LARGEST})"
-        return f"a sequence with each {_in_words(inner[0])}"
+        return f"a sequence with each {in_words(inner[0])}"
     if origin in (dict, Mapping):
-        return f"a dictionary from {_in_words(inner[0])} to {_in_words(inner[1])}"
+        return f"a dictionary from {in_words(inner[0])} to {in_words(inner[1])}"
     kind = origin or hint
     return _KINDS[kind][1] if kind in _KINDS else f"a {getattr(kind, '__name__', kind)}"
 
@@ -232,7 +243,7 @@ def check_are(kind: Any, **values: Any) -> None:
     """Raise a ``ValueError`` for what is not of a plain kind, such as ``float`` for a finite number, by its name."""
     for name, value in values.items():
         if not _fits(value, kind):
-            raise ValueError(f"{name} must be {_in_words(kind)}, got {shown(value)}")
+            raise ValueError(f"{name} must be {in_words(kind)}, got {shown(value)}")
 
 
 def as_device(device: torch.device | str) -> torch.device:

@@ -8,9 +8,9 @@ import re
 import sys
 import traceback
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from jsonargparse.typing import register_type
 from torch import distributed
 
+from pyrogen.arguments import in_words, shown
 from pyrogen.configuration import _FILE_PREFIX, check_names
 from pyrogen.data.limits import read_yaml
 from pyrogen.experiment import commands
@@ -146,7 +147,8 @@ def _run(arguments: list[str]) -> int:
     try:
         values = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(f"{error}{_nearest_flag(str(error), arguments)}") from error
+        groups = next((COMMANDS[word][0] for word in arguments if word in COMMANDS), ())
+        raise ValueError(f"{_in_fewer_words(error, groups)}{_nearest_flag(str(error), arguments)}") from error
     command = values.subcommand
     settings = _settings(values[command], COMMANDS[command][0], options)
     if command not in ("fit", "compare") and not is_first():  # a comparison is refused by all
@@ -192,16 +194,20 @@ def _parser(*, trust: bool) -> ArgumentParser:
 
 def _config_action(groups: tuple[type, ...], trust: bool) -> type[ActionConfigFile]:
     """What ``--config`` does: a file that may be a stranger's is looked at before anything is made of it."""
-    plain = {each.name for group in groups for each in dataclasses.fields(group) if "Part" not in str(each.type)}
+    known = {each.name: each.type for group in groups for each in dataclasses.fields(group)}
+    plain = {name for name, kind in known.items() if "Part" not in str(kind)}
 
     class ConfigFile(ActionConfigFile):
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
             if not (path := Path(values)).exists():
                 raise FileNotFoundError(f"there is no file {path}")
             settings = read_yaml(path)
-            if isinstance(settings, dict) and {"format", "options"} <= settings.keys():
+            if not isinstance(settings, dict) or not settings:
+                came = "nothing" if settings in (None, {}) else shown(settings)
+                raise ValueError(f"{path} holds {came}; expected settings by name, one a line, such as epochs: 10")
+            if {"format", "options"} <= settings.keys():
                 raise ValueError(f"{path} is the record of a run; its settings for --config are in fit.yaml beside it")
-            for key, value in settings.items() if isinstance(settings, dict) else ():
+            for key, value in settings.items():
                 if value and str(key).rstrip("+") in ("trust", "overwrite", "anyway", "config"):
                     raise ValueError(f"{path} sets '{key}', which is only taken from the command line; remove it")
                 if not trust and key not in plain:
@@ -209,7 +215,14 @@ def _config_action(groups: tuple[type, ...], trust: bool) -> type[ActionConfigFi
                         check_names(value)
                     except ValueError as error:
                         raise ValueError(f"{path}: {key}: {error}") from error
-            super().__call__(parser, cfg, values, option_string)
+                if (name := str(key).rstrip("+")) not in known:
+                    raise ValueError(f"{path}: there is no setting '{key}'{_near(name, known)}")
+                if str(known[name]).startswith("list") and name == key and not isinstance(value, list | None):
+                    raise ValueError(f"{path}: {key} must be a list, got {shown(value)}")
+            try:
+                super().__call__(parser, cfg, values, option_string)
+            except (ArgumentError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {_in_fewer_words(error, groups)}") from error
 
     return ConfigFile
 
@@ -299,6 +312,18 @@ def _settings(values: Namespace, groups: tuple[type, ...], options: dict[str, di
     return [group(**{f.name: chosen[f.name] for f in dataclasses.fields(group)}) for group in groups]
 
 
+def _in_fewer_words(error: Exception, groups: tuple[type, ...]) -> str:
+    """What an error of jsonargparse's says of a setting: what it has to be, and what came."""
+    message = " ".join(str(error).split())
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    found = re.fullmatch(r'Parser key "(\w+)"(?: element \d+)?: (?:.*(?:Got|Given) value: (.*)|.*)', message)
+    if found is None or found[1] not in hints:
+        return message
+    if part := re.search(r"Not of type Part: (.*?)(?: - Expected a |$)", message):
+        return f"{found[1]}: {part[1]}"
+    return f"{found[1]} must be {in_words(hints[found[1]]).replace('None', 'null')}, got {found[2]}"
+
+
 def _nearest_flag(message: str, arguments: list[str]) -> str:
     """Which flag may have been meant by one that is not known."""
     unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
@@ -306,5 +331,10 @@ def _nearest_flag(message: str, arguments: list[str]) -> str:
     if unknown is None or command is None:
         return ""
     flags = [field.name for group in COMMANDS[command][0] for field in dataclasses.fields(group)] + ["config"]
-    near = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(f'--{flag}' for flag in near)}?" if near else ""
+    return _near(unknown[1].replace("-", "_"), flags, "--")
+
+
+def _near(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Which known names may have been meant by one that is not."""
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(f'{prefix}{each}' for each in near)}?" if near else ""

@@ -600,7 +600,7 @@ def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
         (["fit", "--family.layers"], "--family.layers needs a value"),
         (["compare", "--family.layers", "2"], "unrecognized arguments: --family.layers"),
         (["fit", "--epoch", "2"], "unrecognized arguments: --epoch 2; did you mean --epochs?"),
-        (["fit", "--epochs", "few"], "epochs"),
+        (["fit", "--epochs", "few"], "error: epochs must be a whole number of less than 2**63 or null, got few"),
         (["fit", "--epochs", "0"], "epochs must be a whole number of at least 1"),
         (["fit", "--epochs", "2", "--steps", "2"], "either epochs or steps"),
         (["fit", "--latent", "0"], "latent must be at least 1"),
@@ -630,11 +630,35 @@ def test_bad_input_is_one_line_and_code_2(arguments, message, tmp_path, capsys):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("text", ["nope: 1\n", "epochs: [1\n", "guides: 3\n", "- 1\n", "\x00"])
-def test_bad_configuration_files(text, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 1\n", "bad.yaml: there is no setting 'epoch'; did you mean epochs"),
+        ("3: 4\n", "bad.yaml: there is no setting '3'"),
+        ("epochs: [1\n", "bad.yaml is damaged (line 2: expected ',' or ']'"),
+        ("epochs: 1\nlatent: 2\nepochs: 2\n", "bad.yaml is damaged (line 3: 'epochs' is there twice)"),
+        ("prior: {class_path: Flow, init_args: {layers: 1, layers: 2}}\n", "(line 1: 'layers' is there twice)"),
+        ("epochs: many\n", "bad.yaml: epochs must be a whole number of less than 2**63 or null, got many"),
+        ("epochs: 2.5\n", "bad.yaml: epochs must be a whole number of less than 2**63 or null, got 2.5"),
+        ("latent: x\n", "bad.yaml: latent must be a whole number of less than 2**63, got x"),
+        ("learning_rate: [1]\n", "bad.yaml: learning_rate must be a finite number, got [1]"),
+        ("progress: maybe\n", "bad.yaml: progress must be True or False, got maybe"),
+        ("schedule: step\n", "bad.yaml: schedule must be one of ['constant', 'linear', 'cosine'], got step"),
+        ("prior: 3\n", "bad.yaml: prior: expected a name such as 'Flow', or a mapping {class_path: NAME"),
+        ("prior: {class_path: Flow, init_args: 3}\n", "bad.yaml: prior: expected a name such as 'Flow'"),
+        ("guides: [3]\n", "bad.yaml: guides: expected a name such as 'Flow'"),
+        ("guides: 3\n", "bad.yaml: guides must be a list, got 3"),
+        ("parts: likelihood\n", "bad.yaml: parts must be a list, got 'likelihood'"),
+        ("", "bad.yaml holds nothing; expected settings by name"),
+        ("- 1\n", "bad.yaml holds [1]; expected settings by name"),
+        ("epochs 3\n", "bad.yaml holds 'epochs 3'; expected settings by name"),
+        ("\x00", "bad.yaml is damaged"),
+    ],
+)
+def test_bad_configuration_files(text, message, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     assert main(["compare", "--config", "bad.yaml"]) == 2
-    one_line(capsys)
+    assert message in (line := one_line(capsys)) and len(line) < 250
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 

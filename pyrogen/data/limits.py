@@ -175,7 +175,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+        raise ValueError(f"{path} is damaged ({error}); mend it, or restore it from a copy") from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -195,6 +195,9 @@ def parse_yaml(text: str) -> Any:
         if _repeated(node, {}) > NODES:
             raise ValueError(f"it stands for more than {NODES} values")
         return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        place = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ValueError(f"{place}{error.problem or error.context}") from error
     except (yaml.YAMLError, RecursionError, LookupError, AttributeError, TypeError) as error:  # as of "!!bool foo"
         raise ValueError(str(error) or type(error).__name__) from error
     finally:
@@ -215,6 +218,16 @@ class _Loader(yaml.SafeLoader):
         if self.composed > NODES:
             raise ValueError(f"it holds more than {NODES} values")
         return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:  # of which YAML would take the last
+                    raise ValueError(f"line {key.start_mark.line + 1}: '{key.value}' is there twice")
+                seen.add((key.tag, key.value))
+        return node
 
 
 def _repeated(node: yaml.Node, known: dict[int, int]) -> int:

@@ -61,7 +61,9 @@ class Part:
         if isinstance(value, str) and value:
             return cls(value)
         if isinstance(value, Mapping) and {"class_path"} <= value.keys() <= {"class_path", "init_args"}:
-            return cls(str(value["class_path"]), value.get("init_args"))
+            arguments = value.get("init_args") or {}
+            if isinstance(arguments, Mapping):
+                return cls(str(value["class_path"]), arguments)
         raise ValueError(
             f"expected a name such as 'Flow', or a mapping {{class_path: NAME, init_args: {{...}}}}, got "
             f"{reprlib.repr(value)}"

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyrogen.arguments import check_are, plain
+from pyrogen.arguments import check_are
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
 from pyrogen.inference.contrasts import (
@@ -287,7 +287,7 @@ class AVB(Hybrid):
             critic=critic,
             observations=observations,
         )
-        self.beta = beta if isinstance(beta, Tensor) else plain(beta)
+        self.beta = beta
 
 
 class AAE(Hybrid):

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
-from pyrogen.arguments import check_are, is_finite, plain
+from pyrogen.arguments import check_are, is_finite
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.draws import draw_only, elements, is_masked
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
@@ -212,7 +212,6 @@ class InfoVAE(Matching):
 def check_weights(**weights: float) -> None:
     """Raise a ``ValueError`` for a weight that is negative or not finite, by its name."""
     for name, value in weights.items():
-        value = plain(value)
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value < 0:

@@ -5,8 +5,27 @@ import pytest
 import torch
 
 import pyrogen as pg
+from pyrogen.configuration import describe
 from pyrogen.distributions import Normal, NormalLikelihood, StandardNormal
-from pyrogen.inference import ELBO, AmortizedGuide, CriticOptions, FitOptions
+from pyrogen.inference import (
+    AAE,
+    ALI,
+    AVB,
+    ELBO,
+    GAN,
+    VAEGAN,
+    WAE,
+    AlphaGAN,
+    AmortizedGuide,
+    BetaTCVAE,
+    CriticOptions,
+    FactorVAE,
+    FitOptions,
+    Hybrid,
+    InfoVAE,
+    Renyi,
+    VGHPlusPlus,
+)
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP
 
@@ -42,6 +61,46 @@ def test_a_weight_is_any_real_number(beta):
         torch.manual_seed(0)
         losses.append(ELBO(beta=each)(MODEL, GUIDE)(X))
     assert torch.equal(*losses)
+
+
+WEIGHTS = [
+    (ELBO, ("beta", "free_bits")),
+    (Renyi, ("alpha",)),
+    (WAE, ("weight",)),
+    (InfoVAE, ("alpha", "weight")),
+    (BetaTCVAE, ("beta", "alpha", "gamma")),
+    (FactorVAE, ("gamma",)),
+    (AAE, ("weight",)),
+    (AVB, ("beta",)),
+    (AlphaGAN, ("reconstruction",)),
+    (VAEGAN, ("reconstruction",)),
+    (VGHPlusPlus, ("reconstruction",)),
+    (Hybrid, ("log_likelihood", "reconstruction", "latent", "visible_reconstructions", "visible_samples")),
+    (GAN, ("r1", "gradient_penalty")),
+    (ALI, ("r1", "gradient_penalty")),
+]
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), np.array(0.5), np.float32(0.5)], ids=["torch", "array", "numpy"])
+@pytest.mark.parametrize(("kind", "names"), WEIGHTS, ids=[kind.__name__ for kind, _ in WEIGHTS])
+def test_weights_are_kept_as_plain_numbers(kind, names, number):
+    plain, other = kind(**dict.fromkeys(names, 0.5)), kind(**dict.fromkeys(names, number))
+    assert [type(getattr(other, name)) for name in names] == [float] * len(names)
+    assert repr(other) == repr(plain) and describe(other) == describe(plain)
+
+
+def test_objectives_of_ones_own_get_plain_numbers_too():
+    class Own(ELBO):
+        def __init__(self, strength: float = 1.0, *, anything: "Unknown" = None) -> None:  # noqa: F821
+            super().__init__(beta=strength)
+            self.strength = strength
+
+    class OwnToo(ELBO):
+        def __init__(self, strength: float = 1.0) -> None:
+            super().__init__()
+            self.strength = strength
+
+    assert repr(Own(np.array(0.5)).beta) == "0.5" and repr(OwnToo(np.array(0.5))) == "OwnToo(strength=0.5)"
 
 
 def test_a_comparison_takes_negative_seeds_and_says_what_data_it_needs():
