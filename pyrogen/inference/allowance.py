@@ -1,8 +1,9 @@
-"""A bound on the memory that a run may take to be built, since a few words of ``run.yaml`` can ask for any."""
+"""A bound on memory and time that a run may take to be built, since a few words of ``run.yaml`` can ask for any."""
 
 import math
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ __all__ = ["Allowance"]
 
 _LEAST = 2**14
 """Bytes that a tensor counts for at least, for what is around it takes memory and time."""
+_CALL = 100
+"""Bytes that a call of a function, or the end of one, counts for: it takes time, and may leave objects behind."""
 
 
 class Allowance(TorchDispatchMode):
     """Within, tensors take no more than so many bytes at a time; what would take more is refused before it is made.
 
-    What an operation gives is foretold by the same operation on tensors without memory, wherever that can be much.
+    What an operation gives is foretold by the same operation on tensors without memory, wherever that can be much. What
+    makes no tensors, such as copies of a module without weights, ends after a hundredth as many calls of functions; not
+    so while a profiler runs, which then counts these itself.
 
     Args:
         most: So many bytes.
@@ -39,9 +44,36 @@ class Allowance(TorchDispatchMode):
         self.most, self.what = most, what
         self.taken = 0
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.calls, self.counting = 0, False
+
+    def __enter__(self) -> "Allowance":
+        super().__enter__()
+        self.counting = sys.getprofile() is None
+        if self.counting:
+            sys.setprofile(self._count)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.counting:
+            sys.setprofile(None)
+        super().__exit__(*error)
+
+    def _count(self, *event: Any) -> None:
+        self.calls += 1
+        if self.calls * _CALL > self.most:
+            self._refuse(f"{self.calls - 1} calls of functions")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
+        if not self.counting:
+            return self._done(func, args, dict(kwargs or {}))
+        sys.setprofile(None)  # what follows is this method's own, and slow when counted
+        try:
+            return self._done(func, args, dict(kwargs or {}))
+        finally:
+            sys.setprofile(self._count)
+
+    def _done(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operation gives, if there is room."""
         self._make_room(_foretold(func, args, kwargs, self.most))
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
@@ -60,10 +92,13 @@ class Allowance(TorchDispatchMode):
             self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
             self.taken = sum(taken for _, taken in self.storages.values())
         if self.taken + wanted > self.most:
-            raise ValueError(
-                f"{self.what} takes over {size_in_words(self.most)}, far more than its weights; it is damaged, or made "
-                "to exhaust memory. If it is right, pass trust=True (--trust on the command line)"
-            )
+            self._refuse(size_in_words(self.most))
+
+    def _refuse(self, most: str) -> NoReturn:
+        raise ValueError(
+            f"{self.what} takes over {most}, far more than its weights; it is damaged, or made to exhaust memory. If "
+            "it is right, pass trust=True (--trust on the command line)"
+        )
 
 
 def _foretold(func: Any, args: Any, kwargs: dict[str, Any], most: int) -> int:

@@ -26,6 +26,8 @@ from pyrogen.inference.allowance import Allowance
 
 ALLOWED = 800e6
 """Bytes by which a refusal may raise the peak of memory: 512 MiB of tensors, and what is around them."""
+SECONDS = 60
+"""What a refusal takes at most, on a machine that has much else to do."""
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory can only be limited on Linux")
 
 ARRAYS: dict[str, Callable[[Path], None]] = {}
@@ -283,6 +285,18 @@ RUNS = {
     ),
     "transforms": part("model", "init_args", prior=named("pyrogen.distributions.Flow", features=2, layers=10**9)),
     "embedding": part(*LIKELIHOOD, decoder=named("torch.nn.Embedding", num_embeddings=10**12, embedding_dim=4)),
+    "copies without weights": part(
+        *LIKELIHOOD,
+        decoder=named("torch.nn.TransformerEncoder", encoder_layer=named("torch.nn.Identity"), num_layers=10**9),
+    ),
+    "copies": part(
+        *LIKELIHOOD,
+        decoder=named(
+            "torch.nn.TransformerEncoder",
+            encoder_layer=named("torch.nn.TransformerEncoderLayer", d_model=1, nhead=1, dim_feedforward=1),
+            num_layers=10**9,
+        ),
+    ),
     "example": part(example=[{"shape": [10**6, 10**6], "dtype": "float32"}]),
     "example of bytes": part(example=[{"shape": [2**31], "dtype": "uint8"}]),
 }
@@ -379,6 +393,7 @@ def test_bombs_are_refused_by_one_line(name, answers):
     assert answer["said"].startswith("pyrogen: error: ") and answer["said"].count("\n") == 1, answer
     assert "MemoryError" not in answer["said"] and len(answer["said"]) < 2000
     assert answer["taken"] < ALLOWED, answer
+    assert answer["seconds"] < SECONDS, answer
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
