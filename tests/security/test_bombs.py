@@ -26,8 +26,6 @@ from pyrogen.inference.allowance import Allowance
 
 ALLOWED = 800e6
 """Bytes by which a refusal may raise the peak of memory: 512 MiB of tensors, and what is around them."""
-SECONDS = 60
-"""What a refusal takes at most, on a machine that has much else to do."""
 LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory can only be limited on Linux")
 
 ARRAYS: dict[str, Callable[[Path], None]] = {}
@@ -393,7 +391,6 @@ def test_bombs_are_refused_by_one_line(name, answers):
     assert answer["said"].startswith("pyrogen: error: ") and answer["said"].count("\n") == 1, answer
     assert "MemoryError" not in answer["said"] and len(answer["said"]) < 2000
     assert answer["taken"] < ALLOWED, answer
-    assert answer["seconds"] < SECONDS, answer
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
