@@ -91,7 +91,7 @@ def test_weights_are_kept_as_plain_numbers(kind, names, number):
 
 def test_objectives_of_ones_own_get_plain_numbers_too():
     class Own(ELBO):
-        def __init__(self, strength: float = 1.0, *, anything: "Unknown" = None) -> None:  # noqa: F821
+        def __init__(self, strength: float = 1.0, *, anything: "Unknown" = None) -> None:  # type: ignore[name-defined]  # noqa: F821
             super().__init__(beta=strength)
             self.strength = strength
 
