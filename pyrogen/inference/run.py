@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pyrogen.arguments import LARGEST, check_counts, check_positive, checked, is_finite, is_whole, plain_as
+from pyrogen.arguments import check_counts, check_positive, checked, is_finite, is_whole, plain_as
 from pyrogen.configuration import build, describe
 from pyrogen.data.limits import FREE, check_links
 from pyrogen.inference.allowance import Allowance
@@ -63,10 +63,8 @@ class CriticOptions:
         check_positive(or_none=True, **{"the critics' learning_rate": rate})
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
-        if self.steps is not None and not (is_whole(self.steps) and 1 <= self.steps <= LARGEST):
-            raise ValueError(f"critics need at least 1 step for each of the program, got steps={self.steps!r}")
-        if not (is_whole(self.warmup) and 0 <= self.warmup <= LARGEST):
-            raise ValueError(f"warmup is a whole number of steps, 0 or more, got {self.warmup!r}")
+        check_counts(or_none=True, **{"steps of the critics for each of the program": self.steps})
+        check_counts(least=0, warmup=self.warmup)
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ class FitOptions:
         check_counts(
             batch_size=self.batch_size, validate_every=self.validate_every, checkpoint_every=self.checkpoint_every
         )
-        loaders = self.loader_workers
-        if not (is_whole(loaders) and 0 <= loaders <= LARGEST):
-            raise ValueError(f"loader_workers is how many processes read data, 0 for none besides, got {loaders!r}")
+        check_counts(least=0, loader_workers=self.loader_workers)
         if self.matmul_precision not in ("highest", "high", "medium"):
             raise ValueError(f"matmul_precision is 'highest', 'high' or 'medium', got {self.matmul_precision!r}")
         if self.non_finite not in ("stop", "skip"):
