@@ -551,6 +551,7 @@ def test_a_project_may_be_moved(command, run, tmp_path, monkeypatch, capsys):
     command += ["--steps", "2", "--features", "8", "--progress", "false", "--out", "out"]
     monkeypatch.chdir("old")
     assert main(command) == 0
+    capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     os.rename("old", "new")
     sample = ["sample", f"new/{run}", "--n", "2", "--overwrite"]
