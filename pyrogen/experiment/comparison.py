@@ -377,7 +377,9 @@ class _Work:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), disable=not progress) as self.shown:
+        # Quiet, for older versions of rich end with an empty line in any case.
+        console = Console(stderr=True, quiet=not progress)
+        with Progress(*columns, console=console, disable=not progress) as self.shown:
             self.task = self.shown.add_task(self._title(0), total=self.total)
             yield
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -563,5 +564,6 @@ def progress_bar(*, disable: bool = False) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
+        console=Console(quiet=disable),  # older versions end with an empty line in any case
         disable=disable,
     )
