@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.distributions.transforms import biject_to
 from torch import Tensor, nn
 
 from pyrogen.arguments import checked
-from pyrogen.distributions.supports import to_support
 from pyrogen.evaluation.aggregate import with_globals_held
 from pyrogen.evaluation.calibration import TOLERANCE, RatioCalibration, calibrate_ratio, fit_ratio
 from pyrogen.evaluation.running import ROWS, Prepared, pair_passes, passes, prepared
@@ -403,7 +403,7 @@ def _log_prior(draws: Draws, name: str) -> Tensor:
     value, support = node["value"], draws.sites[name].support
     log_p = node["fn"].log_prob(value)
     if not is_real(support):
-        transform = to_support(support)
+        transform = biject_to(support)
         log_p = log_p + transform.log_abs_det_jacobian(transform.inv(value), value)
     return per_row(node, log_p).view(draws.particles, -1)
 

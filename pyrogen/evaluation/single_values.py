@@ -7,10 +7,10 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import transforms as T
+from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyrogen.distributions.supports import to_support
 from pyrogen.inference.programs import Site, bare, is_real
 
 __all__ = ["marginal_log_prob", "neighbour_log_density", "unconstrained"]
@@ -101,7 +101,7 @@ def unconstrained(site: Site, values: Tensor) -> tuple[Tensor, Tensor, bool]:
     """
     if is_real(site.support):
         return values, torch.zeros_like(values), True
-    transform = to_support(bare(site.support))
+    transform = biject_to(bare(site.support))
     u = transform.inv(values)
     single = transform.domain.event_dim == 0 and transform.codomain.event_dim == 0
     return u, transform.log_abs_det_jacobian(u, values), single

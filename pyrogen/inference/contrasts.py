@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
+from pyro.distributions.transforms import biject_to
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
 from pyrogen.distributions.implicit import is_implicit, lies_on_a_surface
-from pyrogen.distributions.supports import to_support
 from pyrogen.inference.adaptive import AdaptiveContrast, Covariance, Reference
 from pyrogen.inference.draws import Draws, elements, from_elements
 from pyrogen.inference.matching import check_unmasked
@@ -238,7 +238,7 @@ class SiteContrast(Contrast):
         """A site's unconstrained values, ``(K, B, P, *event)``."""
         site, node = draws.sites[self.name], draws.model[self.name]
         if not is_real(site.support):
-            value = to_support(site.support).inv(value)
+            value = biject_to(site.support).inv(value)
         z = elements(node, value, draws.particles)
         return z if z.dim() > 3 else z.unsqueeze(-1)
 
@@ -247,7 +247,7 @@ class SiteContrast(Contrast):
         log_density = from_elements(node, log_density)
         if is_real(draws.sites[self.name].support):
             return log_density
-        transform = to_support(draws.sites[self.name].support)
+        transform = biject_to(draws.sites[self.name].support)
         return log_density - transform.log_abs_det_jacobian(transform.inv(node["value"]), node["value"])
 
     def _context(self, draws: Draws, context: Tensor | None) -> Tensor | None:

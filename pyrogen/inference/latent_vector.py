@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.transforms import biject_to
 from torch import Tensor
 
-from pyrogen.distributions.supports import to_support
 from pyrogen.inference.programs import Site, data_frame, row_axis
 from pyrogen.inference.units import names_of_units
 
@@ -40,7 +40,7 @@ class LatentVector:
 
     def __init__(self, sites: Mapping[str, Site], nodes: Mapping[str, dict[str, Any]], rows: int | None = None) -> None:
         self.nodes = nodes
-        self.transforms = {name: to_support(site.support) for name, site in sites.items()}
+        self.transforms = {name: biject_to(site.support) for name, site in sites.items()}
         self.shapes: dict[str, torch.Size] = {}
         """Of the unconstrained values, by site."""
         drawn = self.drawn(nodes)
