@@ -19,6 +19,7 @@ from torch import Tensor, nn
 __all__ = [
     "LARGEST",
     "as_device",
+    "as_weight",
     "check_are",
     "check_counts",
     "check_positive",
@@ -28,7 +29,6 @@ __all__ = [
     "is_whole",
     "plain",
     "plain_as",
-    "plainly",
     "shown",
 ]
 
@@ -69,20 +69,12 @@ def checked(*, but: Sequence[str] = ()) -> Callable[[T], T]:
     return decorated
 
 
-def plainly(function: T) -> T:
-    """The function, to which numbers of numpy and torch come as Python's own where annotations ask for numbers."""
-    return _checked(function, "", (), check=False)
-
-
-def _checked(function: Any, name: str, but: Sequence[str], *, check: bool = True) -> Any:
+def _checked(function: Callable, name: str, but: Sequence[str]) -> Callable:
     signature = inspect.signature(function)
 
     @functools.cache
     def hints() -> dict[str, Any]:  # when it is first called, for names of other modules may be missing before
-        try:
-            known = get_type_hints(function)
-        except NameError:  # of a user's class, whose annotations may be for type checkers alone
-            return {}
+        known = get_type_hints(function)
         return {key: known[key] for key in signature.parameters if key in known and key not in but}
 
     @functools.wraps(function)
@@ -95,7 +87,7 @@ def _checked(function: Any, name: str, but: Sequence[str], *, check: bool = True
             if key not in bound.arguments or bound.arguments[key] is signature.parameters[key].default:
                 continue
             value = bound.arguments[key] = plain_as(bound.arguments[key], hint)
-            if check and not _fits(value, hint):
+            if not _fits(value, hint):
                 raise ValueError(f"{name}: {key} must be {in_words(hint)}, got {shown(value)}")
         try:
             return function(*bound.args, **bound.kwargs)
@@ -114,6 +106,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return value if value.ndim or (isinstance(value, Tensor) and not _is_dense(value)) else value.item()
     return operator.index(value) if hasattr(type(value), "__index__") and not isinstance(value, int) else value
+
+
+def as_weight(value: Any) -> Any:
+    """A weight of an objective as Python's own number; a tensor as it is, for it may be learned or change in place."""
+    return value if isinstance(value, Tensor) else plain(value)
 
 
 def plain_as(value: Any, hint: Any) -> Any:

@@ -16,7 +16,7 @@ import inspect
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["build", "check_names", "class_path", "describe", "import_object", "without_places"]
+__all__ = ["build", "check_names", "class_path", "describe", "import_object", "without_moves"]
 
 TRUSTED = (
     "pyrogen.distributions",
@@ -186,7 +186,7 @@ def import_object(path: str, *, trust: bool = False, beside: Path | None = None)
         path: Such as ``pyrogen.distributions.Normal`` or ``my_model.py:Model``.
         trust: Whether any code may be imported, and anything be named; else only modules of torch and Pyro, optimizers
             of torch and public classes of pyrogen's parts.
-        beside: A folder in which a file is looked for that is no longer where it was, after the working directory.
+        beside: A folder in which a file is looked for that is no longer where it was, before the working directory.
 
     Raises:
         ValueError: If it may not be imported or is not there.
@@ -215,19 +215,36 @@ def import_object(path: str, *, trust: bool = False, beside: Path | None = None)
     return value
 
 
-def without_places(value: Any) -> Any:
-    """Plain values with the name alone of each ``FILE.py:NAME``, for a file may be moved.
+def without_moves(there: Any, here: Any) -> tuple[Any, Any]:
+    """Two plain values with the name alone of each ``FILE.py:NAME``, if the files of the first are gone.
+
+    They may have been moved, and by what they hold they are compared elsewhere.
 
     Example:
-        >>> without_places({"class_path": "/home/of/my_model.py:Model", "init_args": {"latent": 2}})
-        {'class_path': 'Model', 'init_args': {'latent': 2}}
+        >>> without_moves(["/gone/my_model.py:Model", 2], ["/home/of/my_model.py:Model", 2])
+        (['Model', 2], ['Model', 2])
     """
+    if any(Path(file).is_file() for file, _ in _named_in_files(there)):
+        return there, here
+    return _without_files(there), _without_files(here)
+
+
+def _named_in_files(value: Any) -> Iterator[tuple[str, str]]:
+    """File and name of each ``FILE.py:NAME`` in plain values."""
+    if isinstance(value, (Mapping, list)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _named_in_files(each)
+    elif isinstance(value, str) and value.rpartition(":")[0].endswith(".py"):
+        file, _, name = value.rpartition(":")
+        yield file, name
+
+
+def _without_files(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: without_places(each) for key, each in value.items()}
+        return {key: _without_files(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [*map(without_places, value)]
-    file, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    return name if file.endswith(".py") else value
+        return [*map(_without_files, value)]
+    return next((name for _, name in _named_in_files(value)), value)
 
 
 def check_names(value: Any) -> None:
@@ -293,10 +310,10 @@ def _is_harmless(value: Any) -> bool:
 def _import_file(file: str, beside: Path | None) -> ModuleType:
     path = Path(file).resolve()
     if beside is not None and not path.is_file():
-        moved = [place.resolve() / path.name for place in (Path(), beside)]
+        moved = [place.resolve() / path.name for place in (beside, Path())]
         path = next((each for each in moved if each.is_file()), path)
     if not path.is_file():
-        nor = "" if beside is None else f", nor {path.name} in the working directory or {beside}; put it into either"
+        nor = "" if beside is None else f", nor {path.name} in {beside} or the working directory; put it into either"
         raise ValueError(f"no file '{file}' (looked for {path}){nor}")
     name = _FILE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if name not in sys.modules:

@@ -494,7 +494,7 @@ def test_real_vectors_from_a_file(tmp_path, capsys):
     assert main(["sample", "out", "--out", "new.png"]) == 2
 
 
-def test_data_that_are_named_are_binarised_as_in_the_fit(tmp_path, capsys):
+def test_data_that_are_named_are_binarised_as_in_the_fit(tmp_path, capsys, no_pictures):
     values = np.random.default_rng(0).random((60, 4)).astype(np.float32)
     np.savez(tmp_path / "mine.npz", train=values)
     assert main(["fit", *SMALL, "--data", "array:mine.npz", "--binarize", "static", "--out", "out"]) == 0
@@ -504,6 +504,9 @@ def test_data_that_are_named_are_binarised_as_in_the_fit(tmp_path, capsys):
     assert main([*evaluate, "--trust"]) == main([*evaluate, "--data", "array:mine.npz"]) == 0
     (entry,) = yaml.safe_load((tmp_path / "out" / "evaluation.yaml").read_text())  # of one and the same data
     assert entry["data"]["binarize"] == "static"
+    np.savez(tmp_path / "others.npz", train=values[::-1])
+    assert main(["fit", *SMALL, "--data", "array:others.npz", "--binarize", "static", "--out", "other"]) == 0
+    assert main(["report", "out", "other", "--data", "array:mine.npz", "--particles", "2", "--out", "report"]) == 0
 
 
 def test_data_that_change_between_runs_are_named(tmp_path, capsys):
@@ -556,7 +559,7 @@ def test_a_project_may_be_moved(command, run, tmp_path, monkeypatch, capsys):
     os.rename("old", "new")
     sample = ["sample", f"new/{run}", "--n", "2", "--overwrite"]
     assert main([*sample, "--trust"]) == 2
-    assert f"nor my_model.py in the working directory or new/{run}; put it into either" in one_line(capsys)
+    assert f"nor my_model.py in new/{run} or the working directory; put it into either" in one_line(capsys)
     shutil.copy("new/my_model.py", f"new/{run}")
     assert main([*sample, "--trust"]) == 0
     os.remove(f"new/{run}/my_model.py")

@@ -223,7 +223,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):  # of which there may be several
                 if (key.tag, key.value) in seen:  # of which YAML would take the last
                     raise ValueError(f"line {key.start_mark.line + 1}: '{key.value}' is there twice")
                 seen.add((key.tag, key.value))

@@ -1,6 +1,8 @@
 """Running programs outside of training: checked rows, a mode and a random state of their own, and bounded memory."""
 
+import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -293,6 +295,9 @@ def _with_parameters(program: Callable, state: Any) -> Callable:
     def function(*batch: Tensor) -> Any:
         with pyro.get_param_store().scope(state):
             return program(*batch)
+
+    with contextlib.suppress(TypeError, ValueError):  # of what is not written in Python
+        function.__signature__ = inspect.signature(program, follow_wrapped=False)  # type: ignore[attr-defined]
 
     return function
 

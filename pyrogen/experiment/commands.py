@@ -306,11 +306,7 @@ def _load(folder: str, trust: bool) -> Run:
 
 def _data_of(run: Run, folder: str | Path, settings: EvaluateSettings | ReportSettings) -> Data:
     if settings.data is not None:
-        there = run.data if isinstance(run.data, dict) else {}
-        # Data of the same kind are prepared as in the fit.
-        same = str(there.get("name")).partition(":")[0] == settings.data.partition(":")[0]
-        how = {key: there[key] for key in ("binarize", "seed", "size") if same and key in there}
-        return data_sets.load(settings.data, root=settings.root, **how)
+        return data_sets.load(settings.data, root=settings.root, **_preparation(run, settings.data))
     if not run.data:
         raise ValueError(f"{folder} was not fitted to a data set with a name; give one with --data")
     if not isinstance(run.data, dict) or not isinstance(run.data.get("name"), str):
@@ -319,6 +315,13 @@ def _data_of(run: Run, folder: str | Path, settings: EvaluateSettings | ReportSe
     if not settings.trust:
         _check_places({**run.data, **dict.fromkeys(root)}, Path(folder))
     return data_sets.load(**run.data | root)
+
+
+def _preparation(run: Run, name: str) -> dict[str, Any]:
+    """How data of a name are prepared: those of the fit's kind as in the fit."""
+    there = run.data if isinstance(run.data, dict) else {}
+    same = str(there.get("name")).partition(":")[0] == name.partition(":")[0]
+    return {key: there[key] for key in ("binarize", "seed", "size") if same and key in there}
 
 
 def _check_places(source: dict[str, Any], folder: Path) -> None:
@@ -457,13 +460,14 @@ def run_report(settings: ReportSettings) -> Path:
 
 def _data_of_all(fits: list[Fitted], settings: ReportSettings) -> Data:
     """The one data set of several fits."""
-
     first = fits[0]
+    if settings.data is not None and any(
+        _preparation(each.run, settings.data) != _preparation(first.run, settings.data) for each in fits
+    ):
+        return data_sets.load(settings.data, root=settings.root)
     sources = [{k: v for k, v in (each.run.data or {}).items() if k != "root"} for each in fits]
     for each, source in zip(fits, sources, strict=True):
-        if source != sources[0]:
-            if settings.data is not None:
-                return data_sets.load(settings.data, root=settings.root)
+        if settings.data is None and source != sources[0]:
             raise ValueError(
                 f"'{first.name}' was fitted to {sources[0]} and '{each.name}' to {source}, so their figures can't "
                 "stand in one table; report on them one by one, or name the data for all with --data"

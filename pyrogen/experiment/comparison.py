@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pyrogen.arguments import checked
-from pyrogen.configuration import describe, without_places
+from pyrogen.configuration import describe, without_moves
 from pyrogen.data import Data
 from pyrogen.data.limits import read_yaml
 from pyrogen.distributions.implicit import NoDensityError
@@ -457,7 +457,7 @@ def _check_same(folder: Path, values: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        there, values = map(without_places, (read_yaml(path), values))  # fits compare the source of programs
+        there, values = without_moves(read_yaml(path), values)  # fits compare the source of programs
         differing = [key for key in {*there, *values} if there.get(key) != values.get(key)]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or start anew with overwrite") from error

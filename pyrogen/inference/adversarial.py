@@ -7,6 +7,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrogen.arguments import as_weight
 from pyrogen.inference.adaptive import Covariance
 from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, VisibleContrast, build_ratio, of_one
 from pyrogen.inference.critic_objective import CriticObjective
@@ -49,8 +50,8 @@ class _Adversarial(CriticObjective):
             raise ValueError(f"loss is one of {', '.join(get_args(GANLoss))}, got {loss!r}")
         self.loss_ = loss  # the plain name is that of the method by which Pyro asks for a loss
         check_weights(r1=r1, gradient_penalty=gradient_penalty)
-        self.r1 = r1
-        self.gradient_penalty = gradient_penalty
+        self.r1 = as_weight(r1)
+        self.gradient_penalty = as_weight(gradient_penalty)
         self.critic = critic
         self.critic_steps = 5 if loss == "wasserstein-gp" else 1
 

@@ -19,7 +19,7 @@ from pyrogen.arguments import checked, shown
 from pyrogen.distributions.families import Delta, Normal, StandardNormal
 from pyrogen.distributions.mixtures import EqualMixture, Vamp
 from pyrogen.distributions.supports import to_support
-from pyrogen.inference.checks import first_parameter, same_support
+from pyrogen.inference.checks import same_support
 from pyrogen.inference.programs import (
     Site,
     check_takes,
@@ -32,7 +32,6 @@ from pyrogen.inference.programs import (
     module_name,
     observed_sites,
     prototype,
-    rehearsal,
     sample_sites,
 )
 from pyrogen.inference.turns import seeded
@@ -199,7 +198,7 @@ class AmortizedGuide(PyroModule):
 
 
 def _conditional(family: Family, site: Site, context: int) -> nn.Module:
-    """What a family gives for a site, called once to see that it fits."""
+    """What a family gives for a site."""
     if not isinstance(family, nn.Module):
         try:
             family = family(_features(site), context)
@@ -209,17 +208,6 @@ def _conditional(family: Family, site: Site, context: int) -> nn.Module:
             ) from error
     if not isinstance(family, nn.Module):
         raise TypeError(_NO_CONDITIONAL.format(site.name, shown(family)))
-    home = first_parameter(family)
-    given = () if not context else ((torch.zeros(()) if home is None else home).new_zeros(2, context),)
-    try:
-        with torch.random.fork_rng(devices=[]), rehearsal(family):
-            q = family(*given)
-    except (TypeError, RuntimeError) as error:
-        came = f"{shown(family)}, which fails on a context of width {context}: {error}"
-        raise TypeError(_NO_CONDITIONAL.format(site.name, came)) from error
-    if not isinstance(q, Distribution):
-        raise TypeError(_NO_CONDITIONAL.format(site.name, f"{shown(family)}, which returns {shown(q)}"))
-    _supported(site, q)
     return family
 
 
@@ -353,6 +341,8 @@ def _dim(plate: CondIndepStackFrame) -> int:
 def _supported(site: Site, q: Any) -> Any:
     """A distribution over unconstrained values, mapped to the site's support."""
     expected = _unconstrained_shape(site)
+    if not isinstance(q, Distribution):
+        raise TypeError(_NO_CONDITIONAL.format(site.name, f"one that returns {shown(q)}"))
     if tuple(q.event_shape) != expected:
         raise ValueError(
             f"the conditional distribution of site '{site.name}' has event shape {tuple(q.event_shape)}, expected "

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyrogen.arguments import check_are
+from pyrogen.arguments import as_weight, check_are
 from pyrogen.distributions.implicit import NoDensityError
 from pyrogen.inference.adaptive import Covariance
 from pyrogen.inference.contrasts import (
@@ -111,11 +111,11 @@ class Hybrid(CriticObjective):
             raise ValueError(f"covariance is 'diagonal' or 'full', got {covariance!r}")
         if contrast not in ("adaptive", "none"):
             raise ValueError(f"contrast is 'adaptive' or 'none', got {contrast!r}")
-        self.log_likelihood = log_likelihood
-        self.reconstruction = reconstruction
-        self.latent = latent
-        self.visible_reconstructions = visible_reconstructions
-        self.visible_samples = visible_samples
+        self.log_likelihood = as_weight(log_likelihood)
+        self.reconstruction = as_weight(reconstruction)
+        self.latent = as_weight(latent)
+        self.visible_reconstructions = as_weight(visible_reconstructions)
+        self.visible_samples = as_weight(visible_samples)
         self.match = match
         self.contrast = contrast
         self.covariance = covariance
@@ -287,7 +287,7 @@ class AVB(Hybrid):
             critic=critic,
             observations=observations,
         )
-        self.beta = beta
+        self.beta = as_weight(beta)
 
 
 class AAE(Hybrid):
@@ -317,7 +317,7 @@ class AAE(Hybrid):
         super().__init__(
             particles, latent=weight, match="marginal", ratio=ratio, critic=critic, observations=observations
         )
-        self.weight = weight
+        self.weight = as_weight(weight)
 
 
 class AlphaGAN(Hybrid):

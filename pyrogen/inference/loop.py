@@ -240,7 +240,7 @@ class Training:
         started = began = time.perf_counter()
         epoch, done = divmod(self.step, self.batches.per_epoch)
         tally, since = self.tally, 0
-        self.keeps = True
+        self.keeps = not self.skips  # a step that is skipped spoils nothing
         self.programs.train()
         batches = self.batches.epoch(epoch, self.fabric.device, skip=done)
         for position in range(done, min(self.batches.per_epoch, done + self.total - self.step)):

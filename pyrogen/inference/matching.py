@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
-from pyrogen.arguments import check_are, is_finite
+from pyrogen.arguments import as_weight, check_are, is_finite, plain
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.draws import draw_only, elements, is_masked
 from pyrogen.inference.kernels import InverseMultiquadraticKernel, Kernel, maximum_mean_discrepancy
@@ -124,7 +124,7 @@ class WAE(Matching):
         check_weights(weight=weight)
         if cost not in (None, "squared error", "absolute error"):
             raise ValueError(f"cost is None, 'squared error' or 'absolute error', got {cost!r}")
-        self.weight = weight
+        self.weight = as_weight(weight)
         self.cost = cost
         self.kernel = InverseMultiquadraticKernel() if kernel is None else kernel
 
@@ -197,8 +197,8 @@ class InfoVAE(Matching):
                 f"the discrepancy's weight alpha + weight - 1 cannot be negative, got {alpha + weight - 1:g}; "
                 f"with alpha={alpha} choose a weight of at least {1 - alpha:g}"
             )
-        self.alpha = alpha
-        self.weight = weight
+        self.alpha = as_weight(alpha)
+        self.weight = as_weight(weight)
         self.kernel = InverseMultiquadraticKernel() if kernel is None else kernel
 
     def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
@@ -212,6 +212,7 @@ class InfoVAE(Matching):
 def check_weights(**weights: float) -> None:
     """Raise a ``ValueError`` for a weight that is negative or not finite, by its name."""
     for name, value in weights.items():
+        value = plain(value)
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if value < 0:

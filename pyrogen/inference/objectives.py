@@ -28,7 +28,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from pyrogen.arguments import check_are, check_counts, plainly
+from pyrogen.arguments import as_weight, check_are, check_counts
 from pyrogen.inference.batches import as_batch
 from pyrogen.inference.divergences import kl_by_dimension
 from pyrogen.inference.programs import data_frame, per_row, rehearsal, row_axis, unregistered
@@ -96,13 +96,6 @@ class Objective(pyro.infer.ELBO):
     """What the mean of :meth:`bound` over validation data is called; None where there is no such thing."""
     uses_guide: ClassVar[bool] = True
 
-    def __init_subclass__(cls) -> None:
-        """Of every objective the weights are plain numbers, which can be shown and written."""
-        super().__init_subclass__()
-        if "__init__" in vars(cls):
-            cls.__init__ = plainly(cls.__init__)  # type: ignore[method-assign]
-
-    @plainly
     def __init__(self, particles: int = 1, *, observations: int | None = None) -> None:
         check_counts(particles=particles)
         check_counts(or_none=True, observations=observations)
@@ -266,8 +259,8 @@ class ELBO(Objective):
             raise ValueError(f"beta and free_bits cannot be negative, got beta={beta}, free_bits={free_bits}")
         if free_bits and sticking_the_landing:
             raise ValueError("free_bits needs expected divergences, sticking_the_landing samples them; choose one")
-        self.beta = beta
-        self.free_bits = free_bits
+        self.beta = as_weight(beta)
+        self.free_bits = as_weight(free_bits)
         self.sticking_the_landing = sticking_the_landing
 
     def log_bound(self, log_weights: Tensor) -> Tensor:
@@ -375,7 +368,7 @@ class Renyi(IWAE):
         check_are(float, alpha=alpha)
         if alpha == 1:
             raise ValueError("the Rényi bound of order alpha=1 is the ELBO; use ELBO()")
-        self.alpha = alpha
+        self.alpha = as_weight(alpha)
 
     def log_bound(self, log_weights: Tensor) -> Tensor:
         return super().log_bound((1 - self.alpha) * log_weights) / (1 - self.alpha)

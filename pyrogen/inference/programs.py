@@ -255,7 +255,7 @@ def check_takes(program: Callable, *batch: Tensor) -> None:
     """Raise a ``TypeError`` for a program, or an encoder, that takes more tensors or fewer than a batch has."""
     function = program.forward if isinstance(program, nn.Module) else program
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # what wraps it may take other tensors
     except (TypeError, ValueError):  # of what is not written in Python
         return
     try:

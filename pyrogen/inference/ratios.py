@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrogen.arguments import checked
+from pyrogen.arguments import as_weight, checked
 
 __all__ = [
     "NWJ",
@@ -93,7 +93,7 @@ class Ratio(nn.Module):
         if r1 < 0:
             raise ValueError(f"r1 is the weight of a penalty and can't be negative, got {r1}")
         self.critic = critic
-        self.r1 = r1
+        self.r1 = as_weight(r1)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """T for samples ``(..., *E)`` and a context ``(..., C)``: ``(...)``, at least float32."""
@@ -403,7 +403,7 @@ class Wasserstein(Ratio):
         super().__init__(critic, r1=r1)
         if gradient_penalty < 0:
             raise ValueError(f"gradient_penalty is a weight and can't be negative, got {gradient_penalty}")
-        self.gradient_penalty = gradient_penalty
+        self.gradient_penalty = as_weight(gradient_penalty)
 
     def _penalty(
         self, u: Tensor, v: Tensor, context_u: Tensor | None, context_v: Tensor | None, leading: int

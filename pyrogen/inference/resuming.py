@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
-from pyrogen.configuration import without_places
+from pyrogen.configuration import without_moves
 from pyrogen.inference.checkpoints import (
     load_optimizer,
     load_weights,
@@ -91,7 +91,7 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
     try:
         if format_of(values, path, default=1) == 1:
             values, here = checkpoint_of_1(values), _identity_of_1(training)
-        identities = map(without_places, (values["identity"], here))  # a file's source is compared, not its path
+        identities = without_moves(values["identity"], here)
         found = [*differences(*identities), *_of_another_training(path.parent / WEIGHTS, values)]
         if values["step"] > training.total:
             raise ValueError(

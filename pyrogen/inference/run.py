@@ -63,7 +63,7 @@ class CriticOptions:
         check_positive(or_none=True, **{"the critics' learning_rate": rate})
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas of the critics' Adam are two numbers in [0, 1), got {self.betas!r}")
-        check_counts(or_none=True, **{"steps of the critics for each of the program": self.steps})
+        check_counts(or_none=True, steps=self.steps)
         check_counts(least=0, warmup=self.warmup)
 
 
@@ -341,7 +341,7 @@ def load(
         model, guide, objective: Take these, built as they were, instead of building what ``run.yaml`` names.
         trust: Whether code outside pyrogen, Pyro and torch that ``run.yaml`` names may be imported and run, links may
             lead out of the folder, and building may take far more memory than the weights do. A ``FILE.py`` that is no
-            longer where it was is looked for in the working directory and in the run's folder.
+            longer where it was is looked for in the run's folder and in the working directory.
 
     Returns:
         The run, on the CPU.

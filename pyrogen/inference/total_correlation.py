@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrogen.arguments import as_weight
 from pyrogen.distributions.semi_implicit import has_stochastic_density
 from pyrogen.inference.contrasts import Contrast, CriticBuilder, RatioBuilder, build_ratio, of_one
 from pyrogen.inference.critic_objective import CriticObjective
@@ -82,9 +83,9 @@ class BetaTCVAE(Matching):
         check_weights(beta=beta, alpha=alpha, gamma=gamma)
         if weighting not in ("minibatch", "stratified"):
             raise ValueError(f"weighting is 'minibatch' or 'stratified', got {weighting!r}")
-        self.beta = beta
-        self.alpha = alpha
-        self.gamma = gamma
+        self.beta = as_weight(beta)
+        self.alpha = as_weight(alpha)
+        self.gamma = as_weight(gamma)
         self.weighting = weighting
 
     def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
@@ -161,7 +162,7 @@ class FactorVAE(CriticObjective):
     ) -> None:
         super().__init__(particles, observations=observations)
         check_weights(gamma=gamma)
-        self.gamma = gamma
+        self.gamma = as_weight(gamma)
         self.ratio = ratio
         self.critic = critic
 

@@ -98,3 +98,9 @@ def test_plain_yaml():
     assert parse_yaml("") is None
     assert parse_yaml("a: [1, 1e3, 1:30, yes, 2020-01-01]")["a"][:2] == [1, "1e3"]
     assert parse_yaml("a: &b {c: 1}\nd: *b") == {"a": {"c": 1}, "d": {"c": 1}}
+
+
+def test_keys_stand_once_but_for_what_is_merged():
+    assert parse_yaml("a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n  z: 3")["c"] == {"x": 1, "y": 2, "z": 3}
+    with pytest.raises(ValueError, match="line 3: 'x' is there twice"):
+        parse_yaml("a:\n  x: 1\n  x: 2")

@@ -1,5 +1,6 @@
 """What does not fit is refused before any training, with the name of the site."""
 
+import functools
 from typing import Any
 
 import pyro
@@ -66,6 +67,20 @@ def test_one_tensor_for_a_program_of_two():
             use()
     with pytest.raises(TypeError, match=r"MLP is called as MLP\(x\), but .* argument, and there are 2"):
         AmortizedGuide(model, MLP(3, 4), example=(X, X))
+
+
+def test_what_wraps_a_program_may_take_other_tensors():
+    model = LatentVariableModel(StandardNormal(2), ContinuousBernoulli(MLP(2, 3)))
+
+    @functools.wraps(model.forward)
+    def of_two(x, y):
+        return model(x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    assert len(fit(of_two, guide, ELBO(), (X, X), epochs=1, progress=False).history) == 1
 
 
 def test_errors_of_a_program_come_without_pyros_table_of_shapes():

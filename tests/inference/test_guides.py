@@ -432,14 +432,13 @@ class TestErrors:
             (Normal(2), r"built without a context but got one of shape \(2, 2\)"),
             (Normal(2, context=5), r"expected a context of shape \(..., 5\), got shape \(2, 2\)"),
             (StandardNormal, r"site 'z1' is called as family\(features, context\), as Normal is: .* 2 positional"),
-            (nn.ReLU(), r"site 'z1' must be, .* got a ReLU, which returns a tensor of shape \(2, 2\)"),
-            (nn.Linear(3, 3), r"site 'z1' must be, .* got a Linear, which fails on a context of width 2"),
+            (nn.ReLU(), r"site 'z1' must be, .* got one that returns a tensor of shape \(2, 2\)"),
             (lambda features, context: 3, r"site 'z1' must be, .* such as Normal; got 3"),
         ],
     )
     def test_a_family_that_does_not_fit(self, family, message):
         with pytest.raises((ValueError, TypeError), match=message):
-            AmortizedGuide(two_sites, nn.Identity(), {"z1": family})
+            AmortizedGuide(two_sites, nn.Identity(), {"z1": family})(torch.zeros(2, 2))
 
 
 def test_a_copied_guide_is_trained_by_the_same_estimate():

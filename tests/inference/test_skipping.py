@@ -85,8 +85,10 @@ def test_too_many_in_a_row_stop(monkeypatch):
     monkeypatch.setattr(loop, "MOST_SKIPPED", 4)
     x = torch.randn(8, 3)
     assert len(fitted(Mean({2, 3, 4, 6, 7, 8}), x, epochs=10, non_finite="skip").history) == 10
+    model = Mean({3, 4, 5, 6})
     with pytest.raises(NonFiniteLoss, match=r"of 4 steps .* are not finite, the last at step 6 .*'stop' names"):
-        fitted(Mean({3, 4, 5, 6}), x, epochs=10, non_finite="skip")
+        fitted(model, x.repeat(10, 1), epochs=1, batch_size=8, non_finite="skip")
+    assert model.loc.detach().abs().min() > 0  # of the steps that were taken
 
 
 class Sometimes(nn.Module):
