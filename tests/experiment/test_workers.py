@@ -230,11 +230,13 @@ def test_an_error_is_raised_where_every_fit_fails(asked, monkeypatch):
 
 
 INTERRUPTED = """
+import signal
 import sys
 import pyrogen as pg
 from pyrogen.distributions import Bernoulli, Normal, StandardNormal
 from pyrogen.networks import MLP
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 data = pg.data.load("digits")
 model = pg.models.LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, data.event_shape)))
 guides = {"mean field": (Normal, pg.inference.ELBO())}
