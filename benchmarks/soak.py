@@ -33,6 +33,7 @@ import yaml
 import pyrogen as pg
 from pyrogen import cli
 from pyrogen.inference.checkpoints import read_tensors
+from pyrogen.inference.folders import LOCK
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED = {0, 130, 143}  # of one that ended by itself, and that was told to
@@ -143,7 +144,8 @@ def kill_fits(base: Path, kills: int, epochs: int, chance: random.Random) -> lis
 def kill_others(base: Path, kills: int, chance: random.Random) -> list[str]:
     """Disturb evaluations and reports of a finished fit."""
     folder, log = base / "undisturbed", base / "log.txt"
-    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # Who was killed while it wrote is still named in the lock's file.
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
     wrong: list[str] = []
     for job, name in ((evaluate, "evaluation.yaml"), (report, "report.html")):
         result, began = folder / name, time.monotonic()
