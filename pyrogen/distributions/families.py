@@ -54,10 +54,16 @@ def check_context(context: Tensor | None, width: int) -> None:
                 f"this distribution was built without a context but got one of {came}; pass context= when building it"
             )
         raise ValueError(f"expected a context of shape (..., {width}), got {'none' if context is None else came}")
-    if Distribution._validate_args and not context.isfinite().all():
+    if Distribution._validate_args and not torch.compiler.is_compiling() and not context.isfinite().all():
         raise ValueError(
             "the context holds NaN or infinity; give a finite one, and where a network made it look at its weights"
         )
+
+
+@effectful(type="linear")
+def _linear(layer: nn.Linear, context: Tensor) -> Tensor:
+    """A layer's output, as an effect, so that particles, which share a context, can share the work."""
+    return layer(context)
 
 
 class Parameters(nn.Module):
@@ -85,8 +91,7 @@ class Parameters(nn.Module):
         check_context(context, self.context)
         if not self.context:
             return self.free
-        # As an effect, so that particles, which share a context, can share the work.
-        return effectful(self.linear, type="linear")(context, name="linear")
+        return _linear(self.linear, context, name="linear")
 
     @property
     def initial(self) -> Tensor:

@@ -423,9 +423,10 @@ class Copies(Messenger):
         msg["done"] = True
 
     def _pyro_linear(self, msg: dict[str, Any]) -> None:
+        layer, context = msg["args"]
         for repeated, features in self._repeated:
-            if msg["args"][0] is repeated:
-                msg["value"] = repeat((msg["fn"](features),), self.copies)[0]
+            if context is repeated:
+                msg["value"] = repeat((msg["fn"](layer, features),), self.copies)[0]
                 msg["done"] = True
 
 

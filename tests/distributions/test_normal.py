@@ -1,6 +1,7 @@
 """The normal families: their parameters' places, and precision where scales differ."""
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -44,3 +45,11 @@ def test_own_draws_have_their_density_however_different_the_scales():
     assert scales.max() / scales.min() > 1e6
     found = q.log_prob(q.sample((2000,))).double().mean()
     assert abs(found + q.entropy().double()) < 0.3
+
+
+@pytest.mark.parametrize("family", [Normal, MultivariateNormal])
+def test_a_family_is_compiled_in_one_piece(family):
+    built, context = family(2, context=3), torch.randn(5, 3)
+    mean = torch.compile(lambda context: built(context).mean, backend="eager", fullgraph=True)
+    with pyro.validation_enabled(False):  # of which torch's own part is not compiled
+        assert torch.equal(mean(context), built(context).mean)
