@@ -42,7 +42,8 @@ TRUSTED = (
 
 _FILE_PREFIX = "_pyrogen_file_"
 _KEYS = ("class_path", "reference", "partial")
-_WITHOUT_ARGUMENTS = (object.__init__, nn.Module.__init__, nn.Identity.__init__, PyroModule.__init__)
+_WITHOUT_ARGUMENTS = (object, nn.Module, nn.Identity, PyroModule)
+"""Classes whose constructor keeps no arguments; named as classes, for `torch.compile` replaces `nn.Module.__init__`."""
 
 
 def describe(value: Any, _seen: dict[int, tuple[Any, Any]] | None = None) -> Any:
@@ -131,7 +132,7 @@ def _arguments(value: Any, seen: dict[int, tuple[Any, Any]]) -> dict[str, Any]:
     constructor = type(value).__init__
     if type(value).__new__ is not object.__new__ or not hasattr(value, "__dict__"):
         raise ValueError(f"{value!r} keeps its arguments where they can't be read back; make it inside what needs it")
-    if constructor in _WITHOUT_ARGUMENTS:
+    if next(owner for owner in type(value).__mro__ if "__init__" in vars(owner)) in _WITHOUT_ARGUMENTS:
         return {}
     of_torch = getattr(constructor, "__module__", "").startswith("torch.")
     arguments = {}

@@ -138,6 +138,13 @@ class PyroWithoutConstructor(PyroModule):
     pass
 
 
+def test_a_class_without_constructor_is_described_after_torch_compile_has_run(monkeypatch):
+    """Its first use replaces `nn.Module.__init__` for as long as the process lives."""
+    before = nn.Module.__init__
+    monkeypatch.setattr(nn.Module, "__init__", lambda self, *args, **kwargs: before(self, *args, **kwargs))
+    assert describe(WithoutConstructor())["init_args"] == {}
+
+
 def test_classes_of_the_users_are_built_when_trusted_only():
     for value in (Own(3), WithoutConstructor(), PyroWithoutConstructor(), Keeps((1, "a")), Keeps(Own(2))):
         description = written(value)
