@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +108,18 @@ def test_links_at_the_root(name):
     module = getattr(pyrogen, name)
     assert module.__name__ == f"pyrogen.{name}"
     assert all(getattr(module, each).__module__.startswith(f"pyrogen.{name}.") for each in module.__all__)
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_an_import_leaves_the_environment_as_it_was(given):
+    """What Lightning Fabric sets costs every step of an optimizer; see pyrogen/inference/fabric.py."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
+    text = "import os; before = dict(os.environ); import pyrogen.cli; print(dict(os.environ) == before)"
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_lightning_is_imported_in_one_place():
+    importing = [path.name for path in MODULES if "lightning_fabric" in path.read_text(encoding="utf-8")]
+    assert importing == ["fabric.py", "parallel.py"]  # the latter names its logger

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric.loggers import Logger
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from pyrogen.inference.checkpoints import WriteError
+from pyrogen.inference.fabric import Logger
 
 __all__ = ["Events"]
 

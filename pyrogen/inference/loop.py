@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from pyrogen.inference.batches import Batches
 from pyrogen.inference.checkpoints import WriteError, load_weights, unique_tensors
 from pyrogen.inference.compilation import Compiled
+from pyrogen.inference.fabric import Fabric
 from pyrogen.inference.folders import CHECKPOINT, CONFIGURATION, SETTINGS, WEIGHTS, clear_folder
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters

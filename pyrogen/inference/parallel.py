@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.loggers import Logger
-from lightning_fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from lightning_fabric.strategies import DDPStrategy
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed, nn
 
 from pyrogen.inference.events import Events
+from pyrogen.inference.fabric import (
+    ClusterEnvironment,
+    DDPStrategy,
+    Fabric,
+    LightningEnvironment,
+    Logger,
+    MisconfigurationException,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 __all__ = ["Processes", "alone", "connect", "environment", "is_first"]
 

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import pyro
 import torch
-from lightning_fabric import Fabric
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from pyrogen.inference.checks import check_programs, check_values, first_paramet
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import draw_only, is_masked
 from pyrogen.inference.expectation_maximisation import FAMILIES, expectation_maximisation, start_at_moments
+from pyrogen.inference.fabric import Fabric
 from pyrogen.inference.guides import AmortizedGuide
 from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import ELBO

@@ -169,7 +169,8 @@ def trace_programs(
                 guide_trace = _frozen_replay(guide, guide_trace, rows, through)
         model_trace = trace_of(poutine.replay(model, trace=guide_trace), *rows)
     _check_latents(guide_trace, model_trace)
-    features = torch.cat([each.flatten(1) for each in copies.features], -1) if copies.features else None
+    parts = [each.flatten(1) for each in copies.features]
+    features = torch.cat(parts, -1) if len(parts) > 1 else next(iter(parts), None)
     return Traces(guide_trace, model_trace, rows, features, particles)
 
 
