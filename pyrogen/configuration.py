@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import re
 import reprlib
 import sys
@@ -27,6 +28,8 @@ from pyro.nn import PyroModule
 from torch import nn
 
 __all__ = ["build", "check_names", "class_path", "describe", "import_object", "without_moves"]
+
+_log = logging.getLogger(__name__)
 
 TRUSTED = (
     "pyrogen.distributions",
@@ -312,7 +315,9 @@ def _import_file(file: str, beside: Path | None) -> ModuleType:
     path = Path(file).resolve()
     if beside is not None and not path.is_file():
         moved = [place.resolve() / path.name for place in (beside, Path())]
-        path = next((each for each in moved if each.is_file()), path)
+        gone, path = path, next((each for each in moved if each.is_file()), path)
+        if path != gone:
+            _log.warning("%s is not there; %s is taken in its place", gone, path)
     if not path.is_file():
         nor = "" if beside is None else f", nor {path.name} in {beside} or the working directory; put it into either"
         raise ValueError(f"no file '{file}' (looked for {path}){nor}")

@@ -307,7 +307,7 @@ def test_circles_and_towers_of_aliases_are_harmless():
     assert tower["a59"][0] is tower["a59"][1]
 
 
-def test_classes_from_a_file(tmp_path):
+def test_classes_from_a_file(tmp_path, caplog):
     file = tmp_path / "mine.py"
     file.write_text("from torch import nn\nclass Net(nn.Linear):\n    pass\n")
     net = import_object(f"{file}:Net", trust=True)
@@ -326,6 +326,8 @@ def test_classes_from_a_file(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             import_object(path, trust=True)
+    assert caplog.text == ""
     assert type(build({"class_path": "/moved/mine.py:Net", "args": [2, 3]}, trust=True, beside=tmp_path)) is net
+    assert f"/moved/mine.py is not there; {file} is taken in its place" in caplog.text
     with pytest.raises(ValueError, match=f"there is no 'Nonsense' in {file}"):
         import_object("/moved/mine.py:Nonsense", trust=True, beside=tmp_path)

@@ -45,18 +45,22 @@ class Allowance(TorchDispatchMode):
         self.taken = 0
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.calls, self.counting = 0, False
+        self.refusal: ValueError | None = None
 
     def __enter__(self) -> "Allowance":
         super().__enter__()
+        self.refusal = None
         self.counting = sys.getprofile() is None
         if self.counting:
             sys.setprofile(self._count)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if self.counting:
             sys.setprofile(None)
-        super().__exit__(*error)
+        super().__exit__(kind, *error)
+        if self.refusal is not None and kind is None:  # what was being built has caught it
+            raise self.refusal
 
     def _count(self, *event: Any) -> None:
         self.calls += 1
@@ -66,6 +70,8 @@ class Allowance(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if not self.counting:
             return self._done(func, args, dict(kwargs or {}))
+        if self.refusal is not None:
+            raise self.refusal
         sys.setprofile(None)  # what follows is this method's own, and slow when counted
         try:
             return self._done(func, args, dict(kwargs or {}))
@@ -95,10 +101,11 @@ class Allowance(TorchDispatchMode):
             self._refuse(size_in_words(self.most))
 
     def _refuse(self, most: str) -> NoReturn:
-        raise ValueError(
+        self.refusal = ValueError(
             f"{self.what} takes over {most}, far more than its weights; it is damaged, or made to exhaust memory. If "
             "it is right, pass trust=True (--trust on the command line)"
         )
+        raise self.refusal
 
 
 def _foretold(func: Any, args: Any, kwargs: dict[str, Any], most: int) -> int:

@@ -111,11 +111,14 @@ def source_of(parts: Iterable[Any]) -> dict[str, str]:
         part = waiting.pop()
         part = part.func if isinstance(part, partial) else getattr(part, "__func__", part)
         part = part if inspect.isclass(part) or inspect.isfunction(part) else type(part)
-        if part in seen or (part.__module__ or "").partition(".")[0] in NOT_OF_USERS:
+        if part in seen:
             continue
         seen.add(part)
+        waiting += getattr(part, "__bases__", ())  # as PyroModule[Net], which is Pyro's, has the user's own
+        if (part.__module__ or "").partition(".")[0] in NOT_OF_USERS:
+            continue
         functions = [part] if inspect.isfunction(part) else [*filter(inspect.isfunction, vars(part).values())]
-        waiting += [*getattr(part, "__bases__", ()), *(each for one in functions for each in _referred_to(one))]
+        waiting += [each for one in functions for each in _referred_to(one)]
         with contextlib.suppress(OSError, TypeError, SyntaxError, tokenize.TokenError):
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
             if "<lambda>" not in part.__qualname__:

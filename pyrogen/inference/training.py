@@ -125,7 +125,8 @@ def fit(
             names the site where that began, or ``"skip"`` the step and give buffers back what they held; the history
             counts them in ``skipped``, and 100 one after the other stop. Gradients are then looked at in every step,
             which costs about 2 % of it, and more on a GPU, which is waited for.
-        configuration: Plain values that ``fit.yaml`` in ``out`` shall hold, such as the settings of the command.
+        configuration: Plain values that ``fit.yaml`` in ``out`` shall hold, such as the settings of the command; not
+            without ``out``.
 
     With ``out=``, the first Ctrl-C or SIGTERM lets the step end and writes a checkpoint from which ``resume=True`` goes
     on, bit for bit; the second stops at once. On a GPU losses are looked at every 50 steps and at the end of an epoch,
@@ -141,7 +142,7 @@ def fit(
         OutputExistsError: Before any training, if ``out`` holds something or another process writes there.
         WriteError: If a file can't be written, for a full disk, say; what was written before stays.
         NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began. Model and guide then have the
-            weights of the last start of an epoch at which the loss was finite.
+            weights of the last start of an epoch at which the loss was finite, of which a copy is kept.
         torch.OutOfMemoryError: If a step takes more memory than a GPU has; it names a ``batch_size`` that fits.
         KeyboardInterrupt, SystemExit: After Ctrl-C; after SIGTERM, with the code 143.
 
@@ -186,6 +187,8 @@ def fit(
     check_are(bool, progress=progress, overwrite=overwrite)
     check_are(bool | Literal["anyway"], resume=resume)
     check_are(Mapping[str, Any] | None, configuration=configuration)
+    if configuration is not None and out is None:
+        raise ValueError("configuration is written to out=, which was not given")
     kept = None if configuration is None else as_yaml(configuration, "configuration")
     fabric = connect(device, precision, None if out is None else Path(out))
     processes = Processes(fabric)

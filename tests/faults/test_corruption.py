@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import yaml
+from pyro.nn import PyroModule
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -469,6 +470,7 @@ def test_fingerprints_of_programs_see_what_counts():
     assert known.keys() == {"Shifted", "scaled"}
     assert source_of(nn.ModuleList([Shifted(dist.Laplace), nn.Linear(2, 2), MLP(2, 2)])) == known
     assert source_of(nn.ModuleList([nn.Linear(2, 2), MLP(2, 2)])) == {}
+    assert source_of([PyroModule[Shifted]()]) == known
 
 
 def test_comments_and_layout_do_not_count(tmp_path):

@@ -757,6 +757,7 @@ def test_flows_train_with_particles(digits):
         ({"optimizer": "adam"}, "optimizer is a callable"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"resume": True}, "resume needs out="),
+        ({"configuration": {}}, "configuration is written to out="),
         ({"loader_workers": -1}, "loader_workers must be a whole number of at least 0"),
         ({"matmul_precision": "low"}, "matmul_precision is 'highest', 'high' or 'medium'"),
     ],

@@ -1,5 +1,6 @@
 """Files that claim more memory than there is are refused, each with one line, before it is taken."""
 
+import contextlib
 import copy
 import io
 import json
@@ -450,6 +451,18 @@ def test_allowances_hold(make):
         make()
 
 
+@pytest.mark.parametrize("excessive", [lambda: torch.zeros(10**9), lambda: [copy.copy(each) for each in [1] * 10**6]])
+def test_what_catches_a_refusal_is_refused_all_the_same(excessive):
+    with pytest.raises(ValueError, match="it takes over"), Allowance(10**8, "it"), contextlib.suppress(ValueError):
+        excessive()
+    allowance, after = Allowance(10**8, "it"), []
+    with pytest.raises(ValueError, match="it takes over"), allowance:
+        with contextlib.suppress(ValueError):
+            excessive()
+        after.append(torch.zeros(1))
+    assert not after
+
+
 def test_allowances_are_of_what_is_there_at_a_time():
     allowance = Allowance(10**8, "it")
     with allowance:
@@ -458,7 +471,7 @@ def test_allowances_are_of_what_is_there_at_a_time():
             x = torch.ones(5 * 10**6)
             assert (x.view(10, -1).t() + 1).sum() == 10**7
         other = kept[1:]
-    with allowance, pytest.raises(ValueError, match="it takes over"):
+    with pytest.raises(ValueError, match="it takes over"), allowance:
         torch.zeros(2 * 10**7)
     del kept, other, x
     with allowance:
