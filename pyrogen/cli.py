@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from argparse import Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and a comparison by workers at once.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    formatted, warnings.formatwarning = warnings.formatwarning, _as_line
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -113,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             return 1
         return _fail(error, 2)
+    finally:
+        warnings.formatwarning = formatted
 
 
 def _fail(error: Any, code: int) -> int:
@@ -123,6 +127,10 @@ def _fail(error: Any, code: int) -> int:
     text = printable(" ".join(str(error).split()))
     print(f"pyrogen: {'error: ' if code != 130 else ''}{text}{where}", file=sys.stderr)
     return code
+
+
+def _as_line(message: Warning | str, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    return f"{printable(' '.join(str(message).split()))}\n"
 
 
 def _say(what: Any) -> None:

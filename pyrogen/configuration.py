@@ -202,6 +202,8 @@ def import_object(path: str, *, trust: bool = False, beside: Path | None = None)
             f"'{path}' is code outside {', '.join(TRUSTED)}, which is not run unless you say so; read it, then pass "
             "trust=True (--trust on the command line)"
         )
+    if path.endswith(".py"):
+        raise ValueError(f"'{path}' names no class or function; give FILE.py:NAME, such as {Path(path).name}:Model")
     file, colon, name = path.rpartition(":")
     package, _, name = (file, "", name) if colon else path.rpartition(".")
     try:
@@ -220,17 +222,16 @@ def import_object(path: str, *, trust: bool = False, beside: Path | None = None)
 
 
 def without_moves(there: Any, here: Any) -> tuple[Any, Any]:
-    """Two plain values with the name alone of each ``FILE.py:NAME``, if the files of the first are gone.
+    """Two plain values with the name alone of each ``FILE.py:NAME`` whose file is gone from where the first has it.
 
-    They may have been moved, and by what they hold they are compared elsewhere.
+    It may have been moved, and by what they hold files are compared elsewhere.
 
     Example:
         >>> without_moves(["/gone/my_model.py:Model", 2], ["/home/of/my_model.py:Model", 2])
         (['Model', 2], ['Model', 2])
     """
-    if any(Path(file).is_file() for file, _ in _named_in_files(there)):
-        return there, here
-    return _without_files(there), _without_files(here)
+    gone = {(Path(file).name, name) for file, name in _named_in_files(there) if not Path(file).is_file()}
+    return _without_files(there, gone), _without_files(here, gone)
 
 
 def _named_in_files(value: Any) -> Iterator[tuple[str, str]]:
@@ -243,12 +244,12 @@ def _named_in_files(value: Any) -> Iterator[tuple[str, str]]:
         yield file, name
 
 
-def _without_files(value: Any) -> Any:
+def _without_files(value: Any, gone: set[tuple[str, str]]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_files(each) for key, each in value.items()}
+        return {key: _without_files(each, gone) for key, each in value.items()}
     if isinstance(value, list):
-        return [*map(_without_files, value)]
-    return next((name for _, name in _named_in_files(value)), value)
+        return [_without_files(each, gone) for each in value]
+    return next((name for file, name in _named_in_files(value) if (Path(file).name, name) in gone), value)
 
 
 def check_names(value: Any) -> None:

@@ -12,7 +12,7 @@ import yaml
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyrogen.configuration import build, class_path, describe, import_object
+from pyrogen.configuration import build, class_path, describe, import_object, without_moves
 from pyrogen.distributions import Bernoulli, Flow, Mixture, MultivariateNormal, Normal, NormalLikelihood, StandardNormal
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide, CyclicalSchedule, LinearSchedule, Renyi
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
@@ -322,6 +322,7 @@ def test_classes_from_a_file(tmp_path, caplog):
         (f"{tmp_path}/none.py:Net", "no file"),
         (f"{tmp_path}:Net", "no file"),
         ("nonsense.Net", "can't import"),
+        (str(file), r"names no class or function; give FILE\.py:NAME, such as mine\.py:Model"),
         ("Net", "can't import"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -331,3 +332,13 @@ def test_classes_from_a_file(tmp_path, caplog):
     assert f"/moved/mine.py is not there; {file} is taken in its place" in caplog.text
     with pytest.raises(ValueError, match=f"there is no 'Nonsense' in {file}"):
         import_object("/moved/mine.py:Nonsense", trust=True, beside=tmp_path)
+
+
+def test_each_file_may_be_moved_for_itself(tmp_path):
+    file = tmp_path / "stays.py"
+    file.touch()
+    there = {"model": "/gone/mine.py:Model", "encoder": f"{file}:Net", "other": ["/gone/mine.py:Other", 2]}
+    here = {"model": "/new/mine.py:Model", "encoder": f"{file}:Net", "other": ["/new/another.py:Other", 2]}
+    before, now = without_moves(there, here)
+    assert before == {"model": "Model", "encoder": f"{file}:Net", "other": ["Other", 2]}
+    assert now == {"model": "Model", "encoder": f"{file}:Net", "other": ["/new/another.py:Other", 2]}

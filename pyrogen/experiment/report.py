@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrogen.data import Data
 from pyrogen.experiment.report_blocks import Block, comparison_blocks, fit_blocks
-from pyrogen.experiment.table import COLUMNS, Comparison, slug
+from pyrogen.experiment.table import COLUMNS, Comparison, printable, slug
 from pyrogen.inference import Run
 from pyrogen.inference.checkpoints import atomically
 from pyrogen.inference.run import settings_of
@@ -153,7 +153,7 @@ def write_report(
                     temporary.write_bytes(picture.png)
     for name, text in zip(REPORT, (report.html(), report.markdown()), strict=True):
         with atomically(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(printable(text), encoding="utf-8")
     return folder / REPORT[0]
 
 

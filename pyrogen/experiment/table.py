@@ -345,7 +345,7 @@ class Comparison(pd.DataFrame):
         if len(sections) > 1 and max(map(len, whole.splitlines())) > WIDTH:
             first, *others = printed.items()
             whole = "\n".join([first[1], *(f"\n{title}\n{table}" for title, table in others)])
-        return f"{whole}\n{self.note()}"
+        return printable(f"{whole}\n{self.note()}")
 
     def _shown(self, names: list[str]) -> pd.DataFrame:
         headings = [COLUMNS[name].heading for name in names]

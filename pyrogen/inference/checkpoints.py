@@ -20,6 +20,7 @@ __all__ = [
     "WriteError",
     "atomically",
     "bytes_of",
+    "is_whole",
     "leftovers",
     "load_optimizer",
     "load_weights",
@@ -133,6 +134,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is truncated, damaged or no file of pyrogen's ({error}); restore it from a copy, or train anew "
             "with overwrite"
         ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there as :func:`write_tensors` wrote it."""
+    with contextlib.suppress(ValueError):
+        read_tensors(path)
+        return True
+    return False
 
 
 def _plain(text: str) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def source_of(parts: Iterable[Any]) -> dict[str, str]:
         waiting += getattr(part, "__bases__", ())  # as PyroModule[Net], which is Pyro's, has the user's own
         if (part.__module__ or "").partition(".")[0] in NOT_OF_USERS:
             continue
-        functions = [part] if inspect.isfunction(part) else [*filter(inspect.isfunction, vars(part).values())]
-        waiting += [each for one in functions for each in _referred_to(one)]
+        values = [part] if inspect.isfunction(part) else vars(part).values()
+        waiting += [each for value in values for one in _functions_of(value) for each in _referred_to(one)]
         with contextlib.suppress(OSError, TypeError, SyntaxError, tokenize.TokenError):
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
             if "<lambda>" not in part.__qualname__:
@@ -135,6 +135,12 @@ def _plain(node: Any) -> str:
     literal = isinstance(node, ast.Constant)
     fields = [(name, value) for name, value in ast.iter_fields(node) if value or (literal and name == "value")]
     return f"{type(node).__name__}({' '.join(f'{name}={_plain(value)}' for name, value in fields)})"
+
+
+def _functions_of(value: Any) -> list[Any]:
+    """The functions that something in a class is made of, be it a method, a property or wrapped."""
+    parts = [value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset", "func", "__wrapped__"))]
+    return [*filter(inspect.isfunction, parts)]
 
 
 def _referred_to(function: Any) -> list[Any]:

@@ -8,8 +8,8 @@ import pandas as pd
 from torch import Tensor
 
 from pyrogen.data.limits import TABLE, parse_table, parse_yaml, read_bytes, read_text
-from pyrogen.inference.checkpoints import read_tensors
-from pyrogen.inference.folders import HISTORY, SETTINGS, WEIGHTS
+from pyrogen.inference.checkpoints import is_whole, read_tensors
+from pyrogen.inference.folders import CHECKPOINT, HISTORY, SETTINGS, WEIGHTS
 from pyrogen.inference.migration import format_of, settings_of_1
 
 __all__ = ["INACTIVE_UNITS", "read_files", "read_history"]
@@ -29,7 +29,15 @@ def read_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.Data
         holds = "has" if (folder / SETTINGS).is_file() else "holds no run: there is"
         raise ValueError(f"{folder} {holds} no {WEIGHTS}; give the folder of a fit that has come to a checkpoint")
     before = path.stat()
-    tensors, values = read_tensors(path)
+    try:
+        tensors, values = read_tensors(path)
+    except ValueError as error:
+        if not is_whole(folder / CHECKPOINT):
+            raise
+        raise ValueError(
+            f"{path} is damaged, but {CHECKPOINT} beside it is whole: the same fit with resume=True (--resume) writes "
+            "it again"
+        ) from error
     number = format_of(values, path)
     try:
         read = _text_of if number > 1 else _text_of_1

@@ -203,6 +203,8 @@ def test_damaged_weights_do_not_keep_a_training_from_going_on(folder, kept, tmp_
     for content in (b"", b"\0" * 50, (folder / WEIGHTS).read_bytes()[:200]):
         again = Path(shutil.copytree(kept, tmp_path / str(len(content))))
         (again / WEIGHTS).write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged, but checkpoint\.safetensors beside it is whole: .*--resume"):
+            pg.load(again)
         assert gone_on(again) == expected
         pg.load(again)
 
@@ -491,6 +493,20 @@ def test_comments_and_layout_do_not_count(tmp_path):
     assert found["plain"].keys() == {"Net", "helper"}
     assert found["plain"] == found["comment"] == found["unused"]
     assert found["other"]["Net"] == found["plain"]["Net"] and found["other"]["helper"] != found["plain"]["helper"]
+
+
+def test_what_methods_of_any_kind_refer_to_counts(tmp_path):
+    text = (
+        "import functools, torch\n"
+        "def helper():\n    return 1\n\n"
+        "def wrapper(f):\n    return functools.wraps(f)(lambda *a: f(*a))\n\n"
+        "class Net(torch.nn.Module):\n    {kind}\n    def act(self):\n        return helper()\n"
+    )
+    kinds = ("", "@staticmethod", "@classmethod", "@property", "@functools.cached_property", "@wrapper")
+    for number, kind in enumerate(kinds):
+        path = tmp_path / f"kind{number}.py"
+        path.write_text(text.format(kind=kind))
+        assert "helper" in source_of([import_object(f"{path}:Net", trust=True)()]), kind
 
 
 def test_a_hash_of_source_is_the_same_in_every_version_of_python(monkeypatch):

@@ -1,11 +1,13 @@
 """Names that are shown give no orders: neither to the terminal, nor to what draws on it."""
 
 import functools
+import warnings
 
 import pytest
 import torch
 
 import pyrogen as pg
+from pyrogen import cli
 from pyrogen.cli import main
 from pyrogen.distributions import Normal
 from pyrogen.experiment.table import printable
@@ -53,9 +55,20 @@ def test_fits_of_any_name(capsys, tmp_path):
     encoder = functools.partial(MLP, 3, 4, hidden=(4,))
     table = pg.compare(model, guides, encoder=encoder, data=x, out=tmp_path / "out", **options)
     assert [*table.index] == [*guides]
-    assert_harmless(capsys.readouterr().err)
+    assert_harmless(capsys.readouterr().err, str(table))
     assert main(["report", str(tmp_path / "out"), "--rows", "5", "--data", "none"]) == 2
     assert_harmless(capsys.readouterr().err)
+
+
+def test_warnings_of_the_command_are_one_line_each(run, monkeypatch, capsys):
+    def warned(*arguments):
+        print(warnings.formatwarning("\x1b[2J\nof two", UserWarning, "file.py", 3), end="")
+        return 0
+
+    before = warnings.formatwarning
+    monkeypatch.setattr(cli, "_run", warned)
+    assert main(["sample", str(run)]) == 0 and warnings.formatwarning is before
+    assert capsys.readouterr().out == "\\x1b[2J of two\n"
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
