@@ -192,6 +192,29 @@ def test_global_site_bound_is_the_evidence_for_an_exact_guide():
         torch.testing.assert_close(bound.sum(), evidence_with_global(data), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("objective", [ELBO(observations=12), IWAE(1, observations=12), Renyi(0.5, 1, observations=12)])
+def test_the_parts_of_a_loss_are_told(objective):
+    """Distortion, rate, and the rate of global sites as it falls to each of so many observations."""
+    scale = torch.tensor(0.7, requires_grad=True)
+
+    def guide(x):
+        theta = pyro.sample("theta", dist.Normal(torch.tensor(0.3), scale))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(theta, scale))
+
+    x = torch.randn(4)
+    estimate = objective.estimate(WithGlobal(), guide, x)
+    figures, values = estimate.metrics, {name: node["value"] for name, node in estimate.terms.model_trace.nodes.items()}
+    assert figures.keys() == {"distortion", "rate", "global_rate"}
+    assert not any(figure.requires_grad for figure in figures.values())
+    torch.testing.assert_close(figures["distortion"], -dist.Normal(values["z"], 1.0).log_prob(x).mean().detach())
+    sampled = dist.Normal(0.3, scale).log_prob(values["theta"]) - dist.Normal(0.0, 1.0).log_prob(values["theta"])
+    exact = 0.5 * (scale**2 + 0.09 - 1) - scale.log()
+    expected = exact if isinstance(objective, ELBO) else sampled
+    torch.testing.assert_close(figures["global_rate"], expected.detach() / 12)
+    torch.testing.assert_close(estimate.loss.detach(), sum(figures.values()))
+
+
 def test_minibatches_with_a_global_site_are_unbiased():
     """At one draw of θ the losses of a partition of the data average to the loss of all of it."""
     data = torch.randn(12)
