@@ -107,7 +107,7 @@ def compare(
             ``posteriors.nc`` (every fit's posterior of the first 16 test rows, along the dimension ``fit``; open it
             with ``arviz.from_netcdf``), ``compare.yaml``, and a run's folder for each fit, which :func:`pyrogen.load`
             reads.
-        overwrite: Replace a comparison that is in ``out``.
+        overwrite: Replace a comparison that is in ``out``; it is deleted when the first fit begins.
         resume: Go on with the one in ``out``: complete fits are read, a started one goes on from its checkpoint.
         progress: Show one progress bar with the time left.
         configuration: What ``compare.yaml`` shall hold; by default a description of the arguments.

@@ -20,6 +20,7 @@ __all__ = [
     "WriteError",
     "atomically",
     "bytes_of",
+    "check_writable",
     "leftovers",
     "load_optimizer",
     "load_weights",
@@ -81,6 +82,18 @@ def atomically(path: Path, then: Callable[[], Any] = lambda: None) -> Iterator[P
     finally:
         with contextlib.suppress(OSError):  # it may be what can't be written
             temporary.unlink()
+
+
+def check_writable(folder: Path, text: str) -> None:
+    """See that a text can be written into a folder, which is left as it was.
+
+    Raises:
+        WriteError: If it can't.
+    """
+    path = folder / f".begun-{secrets.token_hex(8)}"
+    with atomically(path) as temporary:
+        temporary.write_bytes(text.encode())
+    path.unlink()
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,20 @@ NAMED = 3
 """How many differences a message names."""
 
 
-def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[str, Tensor], Tally]]) -> None:
-    """Write everything needed to go on into one file, random states and tallies of all processes included."""
+def write_checkpoint(
+    training: "Training",
+    path: Path,
+    states: list[tuple[dict[str, Tensor], Tally]],
+    then: Callable[[], Any] = lambda: None,
+) -> None:
+    """Write everything needed to go on into one file, random states and tallies of all processes included.
+
+    Args:
+        training: What shall go on.
+        path: Where to.
+        states: Random state and tally of each process.
+        then: As for :func:`~pyrogen.inference.checkpoints.atomically`.
+    """
     run = training.run
     tensors = {f"weights.{name}": value for name, value in unique_tensors(run.programs).items()}
     tensors |= {f"best.{name}": value for name, value in training.best_weights.items()}
@@ -72,7 +84,7 @@ def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[s
         "made": run.made,
         "identity": training.identity,
     }
-    write_tensors(path, tensors, values)
+    write_tensors(path, tensors, values, then)
 
 
 def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -106,7 +106,8 @@ def fit(
             :func:`~pyrogen.inference.fingerprints.fingerprint`; the validation data too), or in the description, the
             sites or the source of programs is named and refused; ``"anyway"`` warns of it and goes on with the weights
             that the checkpoint holds, and with the state of the optimizer unless that is another.
-        overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
+        overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it. It stays, and can be loaded and
+            resumed, until the first checkpoint of this one is written.
         critic: How the critics are trained, for an objective that has some; see
             :class:`~pyrogen.inference.CriticOptions`.
         average: Decay of an exponential moving average of the programs' weights, such as 0.999, by which they are

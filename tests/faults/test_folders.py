@@ -25,7 +25,7 @@ import pyrogen as pg
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Normal, StandardNormal
 from pyrogen.experiment import commands
-from pyrogen.inference import ELBO, AmortizedGuide, OutputExistsError, checkpoints, events, fit
+from pyrogen.inference import ELBO, AmortizedGuide, NonFiniteLoss, OutputExistsError, checkpoints, events, fit
 from pyrogen.inference.checkpoints import WriteError, write_tensors
 from pyrogen.inference.events import Events
 from pyrogen.inference.folders import clear_folder, held
@@ -242,28 +242,50 @@ def test_a_checkpoint_stopped_at_any_step_leaves_a_run_that_goes_on(killed, two,
     assert epochs == {2, 3}
 
 
-def test_a_folder_killed_at_any_step_of_its_clearing_holds_the_old_run_or_none(two, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*Training goes on without logs")
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_fit_over_a_run_stopped_at_any_step_leaves_the_old_run_or_the_new(killed, two, tmp_path, monkeypatch):
     folder, _ = two
-    old, begun = state(pg.load(folder)), without_times(fitted(tmp_path / "new", built=3))
-
-    class Enough(Exception):
-        pass
-
-    def stop(self, *_):
-        raise Enough
+    old, before = state(pg.load(folder)), contents(folder)
+    whole = without_times(fitted(tmp_path / "new", built=3))
+    logs = {name for name in before if name.startswith("logs")}
+    seen = set()
 
     def act(there):
-        with monkeypatch.context() as patch, pytest.raises(Enough):
-            patch.setattr("pyrogen.inference.loop.Training.go", stop)
-            fitted(there, built=3, overwrite=True)
+        fitted(there, built=3, overwrite=True, configuration={"built": 3})
 
-    for there, _ in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=True):
-        if (there / "weights.safetensors").exists():
-            assert state(pg.load(there)) == old
+    for there, _ in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=killed, stride=3):
+        found = pg.load(there)
+        is_old = state(found) == old
+        seen.add("old" if is_old else len(found.history))
+        try:
+            assert without_times(
+                fitted(shutil.copytree(there, tmp_path / f"{there.name} on"), built=3, resume=True)
+            ) == (without_times(found) if is_old else whole)
+        except ValueError as refused:
+            assert re.search(r"beside it are of another training|was written by a fit that differs", str(refused))
+        if is_old:  # what is there is of the old run
+            assert all(before[name] == content for name, content in contents(there).items() if name in before)
+            assert not {*contents(there)} - {*before} - {path.name for path in leftovers(there)}
         else:
-            with pytest.raises(ValueError, match=r"holds no run|has no weights"):
-                pg.load(there)
-        assert without_times(fitted(there, built=3, overwrite=True)) == begun
+            assert not {"evaluation.yaml", "figures"} & {path.name for path in there.iterdir()}
+            assert not logs & {*contents(there)}
+        act(there)
+        assert without_times(pg.load(there)) == whole and not leftovers(there)
+        assert (there / "fit.yaml").read_text() == "built: 3\n"
+    assert seen == {"old", 1, 2}
+
+
+def test_a_fit_that_fails_over_a_run_leaves_all_of_it(two, tmp_path):
+    folder = shutil.copytree(two[0], tmp_path / "run")
+    before = contents(folder)
+    said = r"no checkpoint was written; the earlier run in .*run stays"
+    with pytest.raises(NonFiniteLoss, match=said):
+        fitted(folder, built=3, epochs=9, learning_rate=1e30, checkpoint_every=9, overwrite=True)
+    assert contents(folder) == before
+    fitted(folder, built=3, epochs=3, checkpoint_every=2, overwrite=True, callbacks=[lambda run: True])
+    logged = {name for name in contents(folder) if name.startswith("logs")}
+    assert len(pg.load(folder).history) == len(logged) == 1 and not logged & {*before}
 
 
 def test_leftovers_of_killed_writes_go_and_make_no_folder_foreign(tmp_path):
