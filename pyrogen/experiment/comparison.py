@@ -107,7 +107,8 @@ def compare(
             ``posteriors.nc`` (every fit's posterior of the first 16 test rows, along the dimension ``fit``; open it
             with ``arviz.from_netcdf``), ``compare.yaml``, and a run's folder for each fit, which :func:`pyrogen.load`
             reads.
-        overwrite: Replace a comparison that is in ``out``; it is deleted when the first fit begins.
+        overwrite: Replace a comparison that is in ``out``; it is deleted when the first fit begins. Files that pyrogen
+            did not write stay.
         resume: Go on with the one in ``out``: complete fits are read, a started one goes on from its checkpoint.
         progress: Show one progress bar with the time left.
         configuration: What ``compare.yaml`` shall hold; by default a description of the arguments.
@@ -176,7 +177,7 @@ def compare(
     known_parts(parts)
     rows, source = _test_rows(model, data, test)
     fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)
-    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
+    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume, comparison=True)
     if configuration is None:
         configuration = _describe(model, fits, options, data, particles, parts)
     configuration = yaml.safe_load(yaml.safe_dump(dict(configuration), sort_keys=False))
@@ -187,7 +188,7 @@ def compare(
 
     def begin() -> None:
         if folder is not None:
-            stack.enter_context(held(folder, overwrite=overwrite, resume=resume))
+            stack.enter_context(held(folder, overwrite=overwrite, resume=resume, comparison=True))
             _begin(folder, fits, configuration, resume=resume, clear=overwrite and not resume)
 
     with ExitStack() as stack, work.bar(progress):
@@ -472,7 +473,7 @@ def _begin(
 ) -> None:
     """Replace an earlier comparison, now that nothing can refuse this one, or go on with it; write ``compare.yaml``."""
     if clear:
-        clear_folder(folder)
+        clear_folder(folder, keep=[COMPARISON])  # which is replaced below
     gone = [path for place in (folder, folder / "figures") for path in leftovers(place)]
     for path in (*gone, *(folder / each.slug / ERROR for each in fits)):
         path.unlink(missing_ok=True)

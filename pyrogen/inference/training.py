@@ -107,7 +107,7 @@ def fit(
             sites or the source of programs is named and refused; ``"anyway"`` warns of it and goes on with the weights
             that the checkpoint holds, and with the state of the optimizer unless that is another.
         overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it. It stays, and can be loaded and
-            resumed, until the first checkpoint of this one is written.
+            resumed, until the first checkpoint of this one is written. Files that pyrogen did not write stay.
         critic: How the critics are trained, for an objective that has some; see
             :class:`~pyrogen.inference.CriticOptions`.
         average: Decay of an exponential moving average of the programs' weights, such as 0.999, by which they are

@@ -135,8 +135,8 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "run"
     fitted(folder)
     (folder / "evaluation.yaml").write_text("[]\n")
-    (folder / "figures").mkdir()
-    (folder / "figures" / "a.png").write_bytes(b"picture")
+    (folder / "figures" / "fit-run").mkdir(parents=True)
+    (folder / "figures" / "fit-run" / "a.png").write_bytes(b"picture")
     return folder, fitted(None, built=2, epochs=3)
 
 
@@ -286,6 +286,73 @@ def test_a_fit_that_fails_over_a_run_leaves_all_of_it(two, tmp_path):
     fitted(folder, built=3, epochs=3, checkpoint_every=2, overwrite=True, callbacks=[lambda run: True])
     logged = {name for name in contents(folder) if name.startswith("logs")}
     assert len(pg.load(folder).history) == len(logged) == 1 and not logged & {*before}
+
+
+MINE = ("notes.txt", "figures/thesis.png", "logs/mine.txt", "thesis/report.html", "thesis/run.txt")
+
+
+def with_mine(folder, *places):
+    """Put files of somebody else's into a folder; what they hold."""
+    for name in (*MINE, *places):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"mine")
+    return dict.fromkeys((*MINE, *places), b"mine")
+
+
+@pytest.mark.parametrize("act", ["save", "fit", "begun"])
+def test_what_somebody_else_put_into_the_folder_of_a_run_stays(act, two, tmp_path):
+    folder, new = shutil.copytree(two[0], tmp_path / "run"), two[1]
+    before, mine = contents(folder), with_mine(folder)
+    linked = tmp_path / "linked.png"
+    linked.write_bytes(b"mine")
+    (folder / "samples.png").symlink_to(linked)
+    if act == "save":
+        pg.save(new, folder, overwrite=True)
+    else:
+        if act == "begun":
+            (folder / "weights.safetensors").unlink()
+        fitted(folder, built=3, overwrite=True)
+    after = contents(folder)
+    assert mine.items() <= after.items() and linked.read_bytes() == b"mine"
+    assert not {name for name, content in before.items() if after.get(name) == content}
+    assert not {*before} & {*after} - {"weights.safetensors", "run.yaml", "history.csv", "checkpoint.safetensors"}
+    assert not (folder / "figures" / "fit-run").exists() and not (folder / "samples.png").is_symlink()
+
+
+def compared(folder, names=("a", "b"), **given) -> Any:
+    model = fitted(None, epochs=1).model
+    options: dict[str, Any] = {"epochs": 1, "parts": ["bound"], "progress": False, "encoder": lambda: MLP(SHAPE, 3)}
+    return pg.compare(model, {name: (Normal, ELBO()) for name in names}, data=ROWS, out=folder, **options | given)
+
+
+def test_what_somebody_else_put_into_the_folder_of_a_comparison_stays(tmp_path):
+    folder = tmp_path / "compared"
+    compared(folder)
+    before = contents(folder)
+    mine = with_mine(folder, "a/notes.txt", "b/notes.txt")
+    compared(folder, names=("a", "c"), overwrite=True)
+    after = contents(folder)
+    assert mine.items() <= after.items()
+    assert {name for name in after if name.startswith("b/")} == {"b/notes.txt"}
+    assert not {name for name, content in before.items() if after.get(name) == content and name.startswith(("a", "b"))}
+    assert len(pg.load(folder / "c").history) == len(pg.load(folder / "a").history) == 1
+    assert not (folder / "b" / ".lock").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+def test_fits_and_comparisons_do_not_take_the_place_of_each_other(given, two, tmp_path):
+    folder = tmp_path / "compared"
+    compared(folder)
+    run = shutil.copytree(two[0], tmp_path / "run")
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match="run holds a fit, not a comparison; give another folder"):
+        compared(run, **given)
+    with pytest.raises(OutputExistsError, match="compared holds a comparison, not a fit; give another folder"):
+        fitted(folder, **given)
+    if not given.get("resume"):
+        with pytest.raises(OutputExistsError, match="compared holds a comparison, not a fit; give another folder"):
+            pg.save(two[1], folder, **given)
+    assert contents(tmp_path) == before
 
 
 def test_leftovers_of_killed_writes_go_and_make_no_folder_foreign(tmp_path):
