@@ -118,11 +118,13 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
         unfit = misfit(training.run.programs, _under("weights.", tensors))
         same = f"Resume with what it was begun with (only {', '.join(MAY_CHANGE)} may change)"
         if unfit:
-            raise ValueError(f"{differs}; its weights don't fit: {unfit}. {same}, or begin anew with overwrite=True")
+            raise ValueError(
+                f"{differs}; its weights don't fit: {unfit}. {same}, or begin anew without resume, with overwrite=True"
+            )
         if not anyway:
             raise ValueError(
-                f"{differs}. {same}, begin anew with overwrite=True, or go on all the same with resume='anyway' "
-                "(--resume --anyway)"
+                f"{differs}. {same}, begin anew without resume, with overwrite=True, or go on all the same with "
+                "resume='anyway' (--resume --anyway)"
             )
         warnings.warn(f"{differs}; it goes on all the same", stacklevel=2)
     return tensors, values

@@ -185,6 +185,7 @@ def fit(
             "pyro.infer.SVI"
         )
     check_are(Callable, model=model, guide=model if guide is None else guide)
+    check_are(str | Path | None, out=out)
     check_are(bool, progress=progress, overwrite=overwrite)
     check_are(bool | Literal["anyway"], resume=resume)
     check_are(Mapping[str, Any] | None, configuration=configuration)
