@@ -49,6 +49,8 @@ class WriteError(OSError):
             mend = ". Free some space there, or give another folder"
         elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
             mend = ". Give a folder in which you may write"
+        elif code == errno.ENAMETOOLONG:
+            mend = ". Give a shorter name or path"
         why = getattr(error, "strerror", None) or error
         return cls(f"{path} could not be written: {why}{mend}; nothing that was there before is lost")
 

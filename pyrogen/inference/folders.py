@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from pyrogen.arguments import shown
 from pyrogen.inference.checkpoints import WriteError, leftovers
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SETTINGS",
     "WEIGHTS",
     "OutputExistsError",
+    "check_length",
     "clear_folder",
     "contents",
     "held",
@@ -55,6 +57,24 @@ class OutputExistsError(FileExistsError, ValueError):
     """An output folder that holds something and was not to be overwritten, or that another process writes."""
 
 
+def check_length(path: str | Path, name: str) -> Path:
+    """A path of a file or a folder, once it is seen to be one that the file system takes, and for files in it too.
+
+    Raises:
+        ValueError: If it is too long, by the name of the argument.
+    """
+    path = Path(path)
+    try:
+        os.lstat(path / f".{CHECKPOINT}-{'0' * 16}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(
+                f"{name}: {shown(str(path))}, of {len(str(path))} characters, is too long a name or path for the file "
+                "system; give a shorter one"
+            ) from error
+    return path
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what a fit has begun."""
     return any((folder / name).is_file() for name in (WEIGHTS, SETTINGS, CHECKPOINT))
@@ -67,9 +87,10 @@ def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False, co
         OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, if what it
             holds was left by no run, or by a comparison where a fit shall go, or the other way round; or if another
             process writes there.
+        ValueError: If the path is too long.
         WriteError: If the user may not write there.
     """
-    folder = Path(out)
+    folder = check_length(out, "out (--out)")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} could not be written: {there} is read-only. Give a folder in which you may write")

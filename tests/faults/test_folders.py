@@ -355,6 +355,22 @@ def test_fits_and_comparisons_do_not_take_the_place_of_each_other(given, two, tm
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "/".join(["x" * 99] * 50)], ids=["name", "path"])
+def test_a_path_that_is_too_long_is_named_before_training(path, two, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, said = two[1], rf"'xxx.{{1,30}}xxx', of {len(path)} characters, is too long a name or path .* a shorter one"
+    never: Any = {"callbacks": [lambda run: pytest.fail("it was trained")]}
+    for name, act in (
+        (r"out \(--out\)", lambda: fitted(path, **never)),
+        (r"out \(--out\)", lambda: compared(path)),
+        ("folder", lambda: pg.save(run, path)),
+        ("folder", lambda: pg.load(path)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {said}$"):
+            act()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_leftovers_of_killed_writes_go_and_make_no_folder_foreign(tmp_path):
     names = [f".weights.safetensors-{'0a' * 8}", f".run.yaml-{'f' * 16}", f".a-b.c-{'9' * 16}"]
     others = [".weights.safetensors-xyz", f"a-{'0' * 16}", f".a-{'0' * 15}", f".a-{'g' * 16}"]
