@@ -67,7 +67,7 @@ class OutputSettings:
     Args:
         out: The folder for all results; by default a new one, such as runs/compare-digits-001 for a comparison on
             digits. One that exists and is not empty is never changed, unless by --resume or --overwrite.
-        resume: Go on with what is in --out, from its last checkpoint.
+        resume: Go on with what is in --out, from its last checkpoint; where there is nothing, begin, and say so.
         overwrite: Replace what pyrogen wrote into --out; other files stay.
         progress: Show a progress bar with the time left.
         trust: Take what --config or a run to be resumed names, wherever it is: classes that are not pyrogen's, torch's

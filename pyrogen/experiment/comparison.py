@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import logging
 import math
 import tempfile
 import time
@@ -38,7 +39,7 @@ from pyrogen.inference.batches import Batches, check_data, training_and_validati
 from pyrogen.inference.checkpoints import atomically, leftovers
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.critic_objective import CriticObjective
-from pyrogen.inference.folders import COMPARISON, clear_folder, held, prepare_folder
+from pyrogen.inference.folders import COMPARISON, clear_folder, contents, held, prepare_folder
 from pyrogen.inference.parallel import environment
 from pyrogen.inference.turns import seeded
 
@@ -47,6 +48,7 @@ __all__ = ["ERROR", "compare"]
 ERROR = "error.txt"
 LONGEST = 1000
 """Characters of a message that shows settings."""
+_log = logging.getLogger(__name__)
 
 
 @checked(but=("guides", "data"))
@@ -183,6 +185,8 @@ def compare(
     configuration = yaml.safe_load(yaml.safe_dump(dict(configuration), sort_keys=False))
     if folder is not None and resume:
         _check_same(folder, configuration)
+        if not contents(folder):
+            _log.warning("%s holds no comparison to go on with, so it begins anew", folder)
     work = _Work(fits, options, batches, rows, particles, writes=folder is not None, together=workers is not None)
     common = Common(data, rows, options, parts, particles, functools.partial(compared_in, data, parts, seed))
 

@@ -193,6 +193,8 @@ class Training:
                         f"{self.folder} holds a run and no {CHECKPOINT} to go on from; give another folder, or replace "
                         "the run by overwrite=True"
                     )
+                if resume and read is None:
+                    _log.warning("%s holds no checkpoint to go on from, so training begins anew", self.folder)
         read = self.processes.broadcast(read)
         if read is not None:
             with self.processes.together():

@@ -98,11 +98,11 @@ def fit(
         progress: Show a progress bar with the time left.
         out: A folder for the run, its checkpoints and its logs (TensorBoard and ``history.csv``).
         checkpoint_every: Epochs between checkpoints.
-        resume: Go on from the checkpoint in ``out`` where there is one; on the same machine the result is bit for bit
-            that of a training never interrupted, but for ``compile="auto"``, which takes its times anew. All arguments
-            must be as they were, and the number of processes, but not how long: larger ``epochs`` or ``steps`` go on
-            with a finished run. A schedule then runs over the new length, from the share of it that is done; a
-            learning rate that had fallen rises again. What differs in options, in data (see
+        resume: Go on from the checkpoint in ``out``, or begin where there is none, which the log says; on the same
+            machine the result is bit for bit that of a training never interrupted, but for ``compile="auto"``, which
+            takes its times anew. All arguments must be as they were, and the number of processes, but not how long:
+            larger ``epochs`` or ``steps`` go on with a finished run. A schedule then runs over the new length, from the
+            share of it that is done; a learning rate that had fallen rises again. What differs in options, in data (see
             :func:`~pyrogen.inference.fingerprints.fingerprint`; the validation data too), or in the description, the
             sites or the source of programs is named and refused; ``"anyway"`` warns of it and goes on with the weights
             that the checkpoint holds, and with the state of the optimizer unless that is another.

@@ -196,6 +196,20 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_resume_says_where_there_is_nothing_to_go_on_from(begun, digits, tmp_path, caplog):
+    out = tmp_path / "run"
+    if begun:
+        out.mkdir()
+        (out / "run.yaml").write_text("")
+    said = [f"{out} holds no checkpoint to go on from, so training begins anew"]
+    assert len(short_fit(digits, epochs=1, out=out, resume=True).history) == 1
+    assert [record.getMessage() for record in caplog.records] == said
+    short_fit(digits, epochs=2, out=out, resume=True)
+    short_fit(digits, epochs=1, out=tmp_path / "other")
+    assert [record.getMessage() for record in caplog.records] == said
+
+
 def test_resume_wins_over_overwrite_and_says_how_to_begin_anew(digits, tmp_path):
     begun = short_fit(digits, epochs=1, out=tmp_path / "run").history["seconds"][0]
     before = contents(tmp_path)
