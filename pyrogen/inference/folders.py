@@ -217,7 +217,7 @@ def clear_folder(folder: Path, keep: Collection[str] = ()) -> None:
 
 def _own(folder: Path) -> Iterator[Path]:
     """The files in a folder that a fit or a comparison has written, but for its lock; none in a linked folder."""
-    patterns = _OF_A_FIT
+    patterns: tuple[str, ...] = _OF_A_FIT
     if (folder / COMPARISON).is_file():
         patterns = _OF_A_COMPARISON
         for fit in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):

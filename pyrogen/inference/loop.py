@@ -145,7 +145,7 @@ class Training:
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
         self.configuration: str | None = None
-        self.replaces, self.unlogged = False, list[tuple[dict[str, float], int]]()
+        self.replaces, self.unlogged = False, list[tuple[dict[str, Any], int]]()
 
     @property
     def out_of_patience(self) -> bool:
