@@ -692,6 +692,28 @@ def test_an_existing_folder_is_left_alone(command, tmp_path, capsys):
         assert contents(tmp_path) == {str(tmp_path / "out" / "notes.txt"): b"mine"}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["fit", *SMALL, "--out"], [*COMPARE, "--out"], ["evaluate"], ["report"], ["sample"], ["report", "run", "--out"]],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+def test_a_path_that_is_too_long(arguments, tmp_path, capsys):
+    assert main([*arguments, "x" * 300]) == 2
+    said = one_line(capsys)
+    assert re.search(r"(--out|the run's folder)\)?: 'xxx.*', of 300 characters, is too long a name or path", said)
+    assert len(said) < 200 and not [*tmp_path.iterdir()]
+
+
+def test_fits_and_comparisons_do_not_take_the_place_of_each_other(run, comparison, capsys):
+    before = contents(run) | contents(comparison)
+    for extra in ("--resume", "--overwrite"):
+        assert main([*COMPARE, "--out", str(run), extra]) == 2
+        assert "run holds a fit, not a comparison; give another folder (out=, --out)" in one_line(capsys)
+        assert main(["fit", *SMALL, "--out", str(comparison), extra]) == 2
+        assert "holds a comparison, not a fit; give another folder (out=, --out)" in one_line(capsys)
+    assert contents(run) | contents(comparison) == before
+
+
 def test_a_run_is_replaced_only_when_asked(run, capsys):
     before = contents(run)
     assert main(["fit", *SMALL, "--seed", "1", "--out", str(run)]) == 2

@@ -16,7 +16,7 @@ from pyrogen.data.limits import check_links, parse_table, read_text, read_yaml
 from pyrogen.evaluation.parts import DEFAULT
 from pyrogen.experiment.table import slug, steps_of
 from pyrogen.inference import Run, load
-from pyrogen.inference.folders import COMPARISON, WEIGHTS, is_run
+from pyrogen.inference.folders import COMPARISON, WEIGHTS, check_length, is_run
 
 __all__ = ["Fitted", "collect", "read_evaluations"]
 
@@ -85,7 +85,7 @@ def collect(folders: Sequence[str | Path], *, trust: bool = False) -> list[Fitte
     """
     for folder in () if trust else folders:
         check_links(Path(folder))
-    places = dict.fromkeys(place for folder in folders for place in _fits_in(Path(folder)))
+    places = dict.fromkeys(place for folder in folders for place in _fits_in(check_length(folder, "the run's folder")))
     found = [_fitted(place, trust) for place in places]
     return [*_named_apart(found)]
 

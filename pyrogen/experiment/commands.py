@@ -39,7 +39,7 @@ from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, WriteError, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
-from pyrogen.inference.folders import COMPARISON, SETTINGS, contents, is_run, locked
+from pyrogen.inference.folders import COMPARISON, SETTINGS, check_length, contents, is_run, locked
 from pyrogen.inference.parallel import Processes, connect
 
 __all__ = [
@@ -67,8 +67,8 @@ class OutputSettings:
     Args:
         out: The folder for all results; by default a new one, such as runs/compare-digits-001 for a comparison on
             digits. One that exists and is not empty is never changed, unless by --resume or --overwrite.
-        resume: Go on with what is in --out, from its last checkpoint.
-        overwrite: Replace the run in --out.
+        resume: Go on with what is in --out, from its last checkpoint; where there is nothing, begin, and say so.
+        overwrite: Replace what pyrogen wrote into --out; other files stay.
         progress: Show a progress bar with the time left.
         trust: Take what --config or a run to be resumed names, wherever it is: classes that are not pyrogen's, torch's
             or Pyro's, whose code is run, and links that lead out of the folder. Look at it first.
@@ -90,7 +90,7 @@ class OutputSettings:
         if self.out is not None:
             if self.resume and not self.trust:
                 check_links(Path(self.out))
-            return Path(self.out)
+            return check_length(self.out, "--out")
         if self.resume or self.overwrite:
             raise ValueError("give the folder of the run with --out, to resume or replace it")
         stem = f"{command}-{re.sub(r'[^A-Za-z0-9_]+', '-', data).strip('-').lower()}"
@@ -214,9 +214,9 @@ class ReportSettings:
             OutputExistsError: If a report is there that was not to be replaced, or what no run or report left.
         """
         if self.out is not None:
-            folder = Path(self.out)
+            folder = check_length(self.out, "--out")
         elif len(self.runs) == 1:
-            folder = Path(self.runs[0])
+            folder = check_length(self.runs[0], "the run's folder")
         else:
             return next(p for n in range(1, 10_000) if not (p := Path("runs") / f"report-{n:03d}").exists())
         if folder.exists() and not folder.is_dir():
@@ -297,7 +297,7 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
 
 
 def _load(folder: str, trust: bool) -> Run:
-    path = Path(folder)
+    path = check_length(folder, "the run's folder")
     if not is_run(path) and (path / COMPARISON).is_file():
         fits = sorted(str(found) for found in path.glob("*") if is_run(found))
         raise ValueError(f"{folder} holds a comparison; give one of its fits: {', '.join(fits) or 'there is none yet'}")
@@ -422,7 +422,8 @@ def run_sample(settings: SampleSettings) -> Path:
     drawn = sample(run, settings.n, seed=settings.seed, mean=settings.mean)
     arrays = {"samples": drawn} if isinstance(drawn, torch.Tensor) else drawn
     images = isinstance(drawn, torch.Tensor) and are_images(drawn)
-    path = Path(settings.out or Path(settings.run) / f"samples.{'png' if images else 'npz'}")
+    out = settings.out or Path(settings.run) / f"samples.{'png' if images else 'npz'}"
+    path = check_length(out, "--out")
     if path.suffix not in (".png", ".npz") or (path.suffix == ".png" and not images):
         raise ValueError(f"can't write {path}: expected a name ending in .npz{', or .png' if images else ''}")
     if path.exists() and not settings.overwrite:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import logging
 import math
 import tempfile
 import time
@@ -38,7 +39,7 @@ from pyrogen.inference.batches import Batches, check_data, training_and_validati
 from pyrogen.inference.checkpoints import atomically, leftovers
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.critic_objective import CriticObjective
-from pyrogen.inference.folders import COMPARISON, clear_folder, held, prepare_folder
+from pyrogen.inference.folders import COMPARISON, clear_folder, contents, held, prepare_folder
 from pyrogen.inference.parallel import environment
 from pyrogen.inference.turns import seeded
 
@@ -47,6 +48,7 @@ __all__ = ["ERROR", "compare"]
 ERROR = "error.txt"
 LONGEST = 1000
 """Characters of a message that shows settings."""
+_log = logging.getLogger(__name__)
 
 
 @checked(but=("guides", "data"))
@@ -107,7 +109,8 @@ def compare(
             ``posteriors.nc`` (every fit's posterior of the first 16 test rows, along the dimension ``fit``; open it
             with ``arviz.from_netcdf``), ``compare.yaml``, and a run's folder for each fit, which :func:`pyrogen.load`
             reads.
-        overwrite: Replace a comparison that is in ``out``.
+        overwrite: Replace a comparison that is in ``out``; it is deleted when the first fit begins. Files that pyrogen
+            did not write stay.
         resume: Go on with the one in ``out``: complete fits are read, a started one goes on from its checkpoint.
         progress: Show one progress bar with the time left.
         configuration: What ``compare.yaml`` shall hold; by default a description of the arguments.
@@ -176,18 +179,20 @@ def compare(
     known_parts(parts)
     rows, source = _test_rows(model, data, test)
     fits, left_out = _prepare(model, guides, encoder, batches, seed, skip_unserved)
-    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume)
+    folder = None if out is None else prepare_folder(out, overwrite=overwrite, resume=resume, comparison=True)
     if configuration is None:
         configuration = _describe(model, fits, options, data, particles, parts)
     configuration = yaml.safe_load(yaml.safe_dump(dict(configuration), sort_keys=False))
     if folder is not None and resume:
         _check_same(folder, configuration)
+        if not contents(folder):
+            _log.warning("%s holds no comparison to go on with, so it begins anew", folder)
     work = _Work(fits, options, batches, rows, particles, writes=folder is not None, together=workers is not None)
     common = Common(data, rows, options, parts, particles, functools.partial(compared_in, data, parts, seed))
 
     def begin() -> None:
         if folder is not None:
-            stack.enter_context(held(folder, overwrite=overwrite, resume=resume))
+            stack.enter_context(held(folder, overwrite=overwrite, resume=resume, comparison=True))
             _begin(folder, fits, configuration, resume=resume, clear=overwrite and not resume)
 
     with ExitStack() as stack, work.bar(progress):
@@ -472,7 +477,7 @@ def _begin(
 ) -> None:
     """Replace an earlier comparison, now that nothing can refuse this one, or go on with it; write ``compare.yaml``."""
     if clear:
-        clear_folder(folder)
+        clear_folder(folder, keep=[COMPARISON])  # which is replaced below
     gone = [path for place in (folder, folder / "figures") for path in leftovers(place)]
     for path in (*gone, *(folder / each.slug / ERROR for each in fits)):
         path.unlink(missing_ok=True)

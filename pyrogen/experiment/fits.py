@@ -16,7 +16,7 @@ from pyrogen.evaluation import evaluate
 from pyrogen.experiment.table import row_of, steps_of
 from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objective, Run, fit, load
 from pyrogen.inference.fingerprints import fingerprint
-from pyrogen.inference.folders import HISTORY
+from pyrogen.inference.folders import HISTORY, contents
 from pyrogen.inference.parallel import alone
 from pyrogen.inference.run import as_yaml, write_text
 
@@ -98,7 +98,8 @@ def _train(each: PreparedFit, common: Common, folder: Path | None, resume: bool,
                 callbacks=(lambda run: trained(steps_of(run)),),
                 progress=False,
                 out=folder,
-                resume=resume,
+                # Which says where there is nothing to go on from, and of a comparison's fits that is no news.
+                resume=resume and folder is not None and bool(contents(folder)),
             )
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{each.name}: {error}") from error

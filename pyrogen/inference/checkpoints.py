@@ -20,6 +20,7 @@ __all__ = [
     "WriteError",
     "atomically",
     "bytes_of",
+    "check_writable",
     "is_whole",
     "leftovers",
     "load_optimizer",
@@ -49,6 +50,8 @@ class WriteError(OSError):
             mend = ". Free some space there, or give another folder"
         elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
             mend = ". Give a folder in which you may write"
+        elif code == errno.ENAMETOOLONG:
+            mend = ". Give a shorter name or path"
         why = getattr(error, "strerror", None) or error
         return cls(f"{path} could not be written: {why}{mend}; nothing that was there before is lost")
 
@@ -82,6 +85,18 @@ def atomically(path: Path, then: Callable[[], Any] = lambda: None) -> Iterator[P
     finally:
         with contextlib.suppress(OSError):  # it may be what can't be written
             temporary.unlink()
+
+
+def check_writable(folder: Path, text: str) -> None:
+    """See that a text can be written into a folder, which is left as it was.
+
+    Raises:
+        WriteError: If it can't.
+    """
+    path = folder / f".begun-{secrets.token_hex(8)}"
+    with atomically(path) as temporary:
+        temporary.write_bytes(text.encode())
+    path.unlink()
 
 
 def leftovers(folder: Path) -> list[Path]:

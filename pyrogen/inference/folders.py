@@ -4,12 +4,12 @@ import contextlib
 import errno
 import os
 import platform
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from pyrogen.arguments import shown
 from pyrogen.inference.checkpoints import WriteError, leftovers
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SETTINGS",
     "WEIGHTS",
     "OutputExistsError",
+    "check_length",
     "clear_folder",
     "contents",
     "held",
@@ -37,9 +38,41 @@ COMPARISON = "compare.yaml"
 CONFIGURATION = "fit.yaml"
 LOCK = ".lock"
 
+_OF_A_REPORT = ("report.html", "report.md", "figures/all-fits/*.png", "figures/fit-*/*.png")
+_OF_A_FIT = (
+    *("logs/events.out.tfevents.*", "figures.yaml", "evaluation.yaml", "error.txt", "samples.png", "samples.npz"),
+    *_OF_A_REPORT,
+    *(CONFIGURATION, CHECKPOINT, WEIGHTS, HISTORY, SETTINGS),
+)
+_OF_A_COMPARISON = (
+    *("table.csv", "posteriors.nc"),
+    *(f"figures/{name}.png" for name in ("samples", "reconstructions", "curves", "critics", "latents", "comparison")),
+    *_OF_A_REPORT,
+    COMPARISON,
+)
+"""All that is written into the folders of fits and comparisons; that by which one is known goes last."""
+
 
 class OutputExistsError(FileExistsError, ValueError):
     """An output folder that holds something and was not to be overwritten, or that another process writes."""
+
+
+def check_length(path: str | Path, name: str) -> Path:
+    """A path of a file or a folder, once it is seen to be one that the file system takes, and for files in it too.
+
+    Raises:
+        ValueError: If it is too long, by the name of the argument.
+    """
+    path = Path(path)
+    try:
+        os.lstat(path / f".{CHECKPOINT}-{'0' * 16}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(
+                f"{name}: {shown(str(path))}, of {len(str(path))} characters, is too long a name or path for the file "
+                "system; give a shorter one"
+            ) from error
+    return path
 
 
 def is_run(folder: Path) -> bool:
@@ -47,36 +80,45 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS, SETTINGS, CHECKPOINT))
 
 
-def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False) -> Path:
+def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False, comparison: bool = False) -> Path:
     """See that an output folder may be written; nothing in it changes until ``overwrite`` clears an earlier run.
 
     Raises:
         OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, if what it
-            holds was left by no run, or if another process writes there.
+            holds was left by no run, or by a comparison where a fit shall go, or the other way round; or if another
+            process writes there.
+        ValueError: If the path is too long.
         WriteError: If the user may not write there.
     """
-    folder = Path(out)
+    folder = check_length(out, "out (--out)")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise WriteError(f"{folder} could not be written: {there} is read-only. Give a folder in which you may write")
     if (folder / LOCK).is_file():
         with locked(folder):
             pass
-    _check_contents(folder, overwrite=overwrite, resume=resume)
+    _check_contents(folder, overwrite=overwrite, resume=resume, comparison=comparison)
     return folder
 
 
-def _check_contents(folder: Path, *, overwrite: bool, resume: bool) -> None:
+def _check_contents(folder: Path, *, overwrite: bool, resume: bool, comparison: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file; give the path of a folder")
-    if not contents(folder):
+    there = contents(folder)
+    compared = (folder / COMPARISON).is_file()
+    if compared and not comparison:
+        raise OutputExistsError(f"{folder} holds a comparison, not a fit; give another folder (out=, --out)")
+    if is_run(folder) and comparison and not compared:
+        raise OutputExistsError(f"{folder} holds a fit, not a comparison; give another folder (out=, --out)")
+    # Of a comparison's fit that was cleared, what the user has put there is left.
+    if not there or ((folder.parent / COMPARISON).is_file() and not [*_own(folder)]):
         return
     if not (overwrite or resume):
         raise OutputExistsError(
             f"the folder {folder} exists and is not empty; give another, resume the run in it (resume=True, "
             "--resume), or replace it (overwrite=True, --overwrite)"
         )
-    if not is_run(folder) and not (folder / COMPARISON).is_file():
+    if not is_run(folder) and not compared:
         raise OutputExistsError(
             f"{folder} holds no run of pyrogen's, so nothing in it is resumed or overwritten; empty it yourself, or "
             "give another folder"
@@ -91,7 +133,7 @@ def contents(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[None]:
+def held(folder: Path, *, overwrite: bool, resume: bool = False, comparison: bool = False) -> Iterator[None]:
     """Within, no other fit, comparison or ``save`` writes to a folder, which is made if need be.
 
     What killed writers have left in it is removed.
@@ -104,7 +146,7 @@ def held(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Non
     except OSError as error:
         raise WriteError.of(folder, error) from error
     with locked(folder):
-        _check_contents(folder, overwrite=overwrite, resume=resume)
+        _check_contents(folder, overwrite=overwrite, resume=resume, comparison=comparison)
         for path in leftovers(folder):
             path.unlink()
         yield
@@ -161,13 +203,27 @@ def _say(path: Path, who: str) -> None:
 def clear_folder(folder: Path, keep: Collection[str] = ()) -> None:
     """Delete an earlier run or comparison, once :func:`prepare_folder` has allowed it and all else was checked.
 
-    The files by which it is known go last: a clearing cut short leaves the run, or can be begun again.
+    Files that were written by somebody else stay. Those by which a folder is known go last: a clearing cut short leaves
+    the run, or can be begun again.
     """
-    last = [CHECKPOINT, WEIGHTS, HISTORY, SETTINGS, COMPARISON]
-    for path in sorted(contents(folder), key=lambda path: last.index(path.name) if path.name in last else -1):
-        if path.name in keep:
+    for path in _own(folder):
+        if path.name in keep and path.parent == folder:
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        path.unlink()
+        for above in (path.parent, path.parent.parent):
+            if above != folder and above.is_relative_to(folder) and not any(above.iterdir()):
+                above.rmdir()
+
+
+def _own(folder: Path) -> Iterator[Path]:
+    """The files in a folder that a fit or a comparison has written, but for its lock; none in a linked folder."""
+    patterns: tuple[str, ...] = _OF_A_FIT
+    if (folder / COMPARISON).is_file():
+        patterns = _OF_A_COMPARISON
+        for fit in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+            if is_run(fit) or (fit / LOCK).is_file():
+                yield from (*leftovers(fit), *_own(fit), *fit.glob(LOCK))
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        linked = any(above.is_symlink() for above in path.parents if above != folder and above.is_relative_to(folder))
+        if not linked and (path.is_file() or path.is_symlink()):
+            yield path

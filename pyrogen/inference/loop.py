@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from pyrogen.inference.batches import Batches
-from pyrogen.inference.checkpoints import WriteError, load_weights, unique_tensors
+from pyrogen.inference.checkpoints import WriteError, check_writable, load_weights, unique_tensors
 from pyrogen.inference.compilation import Compiled
 from pyrogen.inference.fabric import Fabric
 from pyrogen.inference.folders import CHECKPOINT, CONFIGURATION, SETTINGS, WEIGHTS, clear_folder
@@ -143,6 +144,8 @@ class Training:
         self.best = -math.inf
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
+        self.configuration: str | None = None
+        self.replaces, self.unlogged = False, list[tuple[dict[str, Any], int]]()
 
     @property
     def out_of_patience(self) -> bool:
@@ -182,12 +185,16 @@ class Training:
                 if resume and (self.folder / CHECKPOINT).exists():
                     read = read_checkpoint(self, self.folder / CHECKPOINT, anyway=resume == "anyway")
                 elif overwrite:
-                    clear_folder(self.folder)
+                    self.replaces = (self.folder / WEIGHTS).exists()  # which stays until there is another to load
+                    if not self.replaces:
+                        clear_folder(self.folder)
                 elif (self.folder / WEIGHTS).exists():
                     raise ValueError(
                         f"{self.folder} holds a run and no {CHECKPOINT} to go on from; give another folder, or replace "
                         "the run by overwrite=True"
                     )
+                if resume and read is None:
+                    _log.warning("%s holds no checkpoint to go on from, so training begins anew", self.folder)
         read = self.processes.broadcast(read)
         if read is not None:
             with self.processes.together():
@@ -198,14 +205,16 @@ class Training:
         """Train from where training stands to its end, and leave the run as it shall be, and its configuration."""
         stop = False
         first = self.processes.first
+        self.configuration = configuration
         try:
             with self.processes.together():
                 # So that the folder is known as a run's from the start, and seen to be one that can be written.
                 if self.folder is not None and first:
-                    if not (self.folder / WEIGHTS).exists():
+                    if self.replaces:
+                        check_writable(self.folder, as_yaml(settings_of(self.run)))
+                    elif not (self.folder / WEIGHTS).exists():
                         write_text(self.folder / SETTINGS, as_yaml(settings_of(self.run)))
-                    if configuration is not None:
-                        write_text(self.folder / CONFIGURATION, configuration)
+                    self._write_configuration()
             # Without a folder there is nothing to be written before the end.
             watched = self.stopping.watched() if self.folder is not None else nullcontext()
             with watched, progress_bar(disable=not (progress and first)) as bar:
@@ -289,8 +298,8 @@ class Training:
                     row[INACTIVE_UNITS] = self._inactive_units()
                 figures = {name: value for name, value in row.items() if name != INACTIVE_UNITS}
                 known = {name: value for name, value in figures.items() if not math.isnan(value)}
-                with self._said_when_unwritten():
-                    self.fabric.log_dict(known, step=self.step)
+                self.unlogged.append((known, self.step))
+                self._log()
         history, last = self.run.history, pd.DataFrame([self.processes.broadcast(row)])
         self.run.history = last if history.empty else pd.concat([history, last], ignore_index=True)
         self.tally = Tally()
@@ -534,10 +543,31 @@ class Training:
         if self.folder is not None:
             states = self.processes.gather((random_state(self.fabric.device), self.tally))
             with self.processes.together(), self._said_when_unwritten():
-                if self.processes.first:
+                if self.processes.first and self.replaces:
+                    # Both are on the disk before the earlier run goes; its checkpoint is known to be another's then.
+                    clear = partial(clear_folder, self.folder, keep=[WEIGHTS, CHECKPOINT])
+                    write_checkpoint(self, self.folder / CHECKPOINT, states, partial(self._write_run, clear))
+                    self.replaces = False
+                    self._write_configuration()
+                    self._log()
+                elif self.processes.first:
                     write_checkpoint(self, self.folder / CHECKPOINT, states)
-                    with self._with_averaged():
-                        write_run(self.run, self.folder)
+                    self._write_run()
+
+    def _write_run(self, then: Callable[[], Any] = lambda: None) -> None:
+        if self.folder is not None:
+            with self._with_averaged():
+                write_run(self.run, self.folder, then)
+
+    def _write_configuration(self) -> None:
+        if self.folder is not None and self.configuration is not None and not self.replaces:
+            write_text(self.folder / CONFIGURATION, self.configuration)
+
+    def _log(self) -> None:
+        """Log the figures of epochs, which wait while an earlier run's logs are there."""
+        while self.unlogged and not self.replaces:
+            figures, step = self.unlogged.pop(0)
+            self.fabric.log_dict(figures, step=step)
 
     @contextmanager
     def _said_when_unwritten(self) -> Iterator[None]:

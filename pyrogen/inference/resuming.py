@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,20 @@ NAMED = 3
 """How many differences a message names."""
 
 
-def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[str, Tensor], Tally]]) -> None:
-    """Write everything needed to go on into one file, random states and tallies of all processes included."""
+def write_checkpoint(
+    training: "Training",
+    path: Path,
+    states: list[tuple[dict[str, Tensor], Tally]],
+    then: Callable[[], Any] = lambda: None,
+) -> None:
+    """Write everything needed to go on into one file, random states and tallies of all processes included.
+
+    Args:
+        training: What shall go on.
+        path: Where to.
+        states: Random state and tally of each process.
+        then: As for :func:`~pyrogen.inference.checkpoints.atomically`.
+    """
     run = training.run
     tensors = {f"weights.{name}": value for name, value in unique_tensors(run.programs).items()}
     tensors |= {f"best.{name}": value for name, value in training.best_weights.items()}
@@ -72,7 +84,7 @@ def write_checkpoint(training: "Training", path: Path, states: list[tuple[dict[s
         "made": run.made,
         "identity": training.identity,
     }
-    write_tensors(path, tensors, values)
+    write_tensors(path, tensors, values, then)
 
 
 def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,11 +118,13 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
         unfit = misfit(training.run.programs, _under("weights.", tensors))
         same = f"Resume with what it was begun with (only {', '.join(MAY_CHANGE)} may change)"
         if unfit:
-            raise ValueError(f"{differs}; its weights don't fit: {unfit}. {same}, or begin anew with overwrite=True")
+            raise ValueError(
+                f"{differs}; its weights don't fit: {unfit}. {same}, or begin anew without resume, with overwrite=True"
+            )
         if not anyway:
             raise ValueError(
-                f"{differs}. {same}, begin anew with overwrite=True, or go on all the same with resume='anyway' "
-                "(--resume --anyway)"
+                f"{differs}. {same}, begin anew without resume, with overwrite=True, or go on all the same with "
+                "resume='anyway' (--resume --anyway)"
             )
         warnings.warn(f"{differs}; it goes on all the same", stacklevel=2)
     return tensors, values

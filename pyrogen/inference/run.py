@@ -23,7 +23,16 @@ from pyrogen.data.limits import FREE, check_links
 from pyrogen.inference.allowance import Allowance
 from pyrogen.inference.checkpoints import atomically, load_weights, unique_tensors, write_tensors
 from pyrogen.inference.fingerprints import source_of
-from pyrogen.inference.folders import CHECKPOINT, HISTORY, SETTINGS, WEIGHTS, clear_folder, held, prepare_folder
+from pyrogen.inference.folders import (
+    CHECKPOINT,
+    HISTORY,
+    SETTINGS,
+    WEIGHTS,
+    check_length,
+    clear_folder,
+    held,
+    prepare_folder,
+)
 from pyrogen.inference.migration import FORMAT
 from pyrogen.inference.objectives import Objective
 from pyrogen.inference.parallel import is_first
@@ -280,7 +289,7 @@ def save(run: Run, folder: str | Path, *, overwrite: bool = False) -> Path:
     """
     if not is_first():
         return Path(folder)
-    folder = prepare_folder(folder, overwrite=overwrite)
+    folder = prepare_folder(check_length(folder, "folder"), overwrite=overwrite)
     with held(folder, overwrite=overwrite):
         # What was found of an earlier run goes with it; its checkpoint is known to be another's meanwhile.
         write_run(run, folder, then=functools.partial(clear_folder, folder, keep=[WEIGHTS, CHECKPOINT]))
@@ -353,7 +362,7 @@ def load(
     Warns:
         UserWarning: If the source of a class or function of the user's own is not what it was in the fit.
     """
-    folder = Path(folder)
+    folder = check_length(folder, "folder")
     if not trust:
         check_links(folder)
     tensors, settings, history = read_files(folder)

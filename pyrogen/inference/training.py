@@ -98,15 +98,16 @@ def fit(
         progress: Show a progress bar with the time left.
         out: A folder for the run, its checkpoints and its logs (TensorBoard and ``history.csv``).
         checkpoint_every: Epochs between checkpoints.
-        resume: Go on from the checkpoint in ``out`` where there is one; on the same machine the result is bit for bit
-            that of a training never interrupted, but for ``compile="auto"``, which takes its times anew. All arguments
-            must be as they were, and the number of processes, but not how long: larger ``epochs`` or ``steps`` go on
-            with a finished run. A schedule then runs over the new length, from the share of it that is done; a
-            learning rate that had fallen rises again. What differs in options, in data (see
+        resume: Go on from the checkpoint in ``out``, or begin where there is none, which the log says; on the same
+            machine the result is bit for bit that of a training never interrupted, but for ``compile="auto"``, which
+            takes its times anew. All arguments must be as they were, and the number of processes, but not how long:
+            larger ``epochs`` or ``steps`` go on with a finished run. A schedule then runs over the new length, from the
+            share of it that is done; a learning rate that had fallen rises again. What differs in options, in data (see
             :func:`~pyrogen.inference.fingerprints.fingerprint`; the validation data too), or in the description, the
             sites or the source of programs is named and refused; ``"anyway"`` warns of it and goes on with the weights
             that the checkpoint holds, and with the state of the optimizer unless that is another.
-        overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it.
+        overwrite: Replace a run that is in ``out``, unless ``resume`` goes on with it. It stays, and can be loaded and
+            resumed, until the first checkpoint of this one is written. Files that pyrogen did not write stay.
         critic: How the critics are trained, for an objective that has some; see
             :class:`~pyrogen.inference.CriticOptions`.
         average: Decay of an exponential moving average of the programs' weights, such as 0.999, by which they are
@@ -184,6 +185,7 @@ def fit(
             "pyro.infer.SVI"
         )
     check_are(Callable, model=model, guide=model if guide is None else guide)
+    check_are(str | Path | None, out=out)
     check_are(bool, progress=progress, overwrite=overwrite)
     check_are(bool | Literal["anyway"], resume=resume)
     check_are(Mapping[str, Any] | None, configuration=configuration)

@@ -99,6 +99,8 @@ def explained(training: "Training", what: str, origin: str, step: int) -> str:
 
 def where_it_stands(training: "Training") -> str:
     """What is on disk, in words."""
+    if training.replaces:
+        return f"no checkpoint was written; the earlier run in {training.folder} stays"
     if training.folder is not None and (training.folder / CHECKPOINT).exists():
         return f"the last good checkpoint is {training.folder / CHECKPOINT}"
     return "no checkpoint was written"

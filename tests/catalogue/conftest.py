@@ -219,7 +219,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "labels": ("rows", "takes no"),
     "visible_ratio": ("ratio",),
     "order": ("projections",),
-    "folder": ("file name too long", "there is no"),
+    "folder": ("there is no",),
     "classifier": ("probabilities",),
     "training": ("tensor",),
     "held_out": ("held-out", "tensor"),

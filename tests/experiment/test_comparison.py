@@ -201,6 +201,14 @@ def test_resume_reads_complete_fits_and_goes_on_with_the_others(model, digits, t
     )
 
 
+def test_resume_says_once_where_there_is_nothing_to_go_on_with(model, digits, tmp_path, caplog):
+    for _ in range(2):
+        options: dict[str, Any] = {"out": tmp_path / "out", "resume": True, **TINY}
+        pg.compare(model, GUIDES, encoder=encoder_of(digits), data=digits, **options)
+        said = [record.getMessage() for record in caplog.records if "anew" in record.getMessage()]
+        assert said == [f"{tmp_path / 'out'} holds no comparison to go on with, so it begins anew"]
+
+
 def test_resume_refuses_another_comparison(finished, model, digits):
     _, folder, _ = finished
     before = contents(folder)

@@ -25,7 +25,7 @@ import pyrogen as pg
 from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, Normal, StandardNormal
 from pyrogen.experiment import commands
-from pyrogen.inference import ELBO, AmortizedGuide, OutputExistsError, checkpoints, events, fit
+from pyrogen.inference import ELBO, AmortizedGuide, NonFiniteLoss, OutputExistsError, checkpoints, events, fit
 from pyrogen.inference.checkpoints import WriteError, write_tensors
 from pyrogen.inference.events import Events
 from pyrogen.inference.folders import clear_folder, held
@@ -135,8 +135,8 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "run"
     fitted(folder)
     (folder / "evaluation.yaml").write_text("[]\n")
-    (folder / "figures").mkdir()
-    (folder / "figures" / "a.png").write_bytes(b"picture")
+    (folder / "figures" / "fit-run").mkdir(parents=True)
+    (folder / "figures" / "fit-run" / "a.png").write_bytes(b"picture")
     return folder, fitted(None, built=2, epochs=3)
 
 
@@ -242,28 +242,133 @@ def test_a_checkpoint_stopped_at_any_step_leaves_a_run_that_goes_on(killed, two,
     assert epochs == {2, 3}
 
 
-def test_a_folder_killed_at_any_step_of_its_clearing_holds_the_old_run_or_none(two, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*Training goes on without logs")
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_fit_over_a_run_stopped_at_any_step_leaves_the_old_run_or_the_new(killed, two, tmp_path, monkeypatch):
     folder, _ = two
-    old, begun = state(pg.load(folder)), without_times(fitted(tmp_path / "new", built=3))
-
-    class Enough(Exception):
-        pass
-
-    def stop(self, *_):
-        raise Enough
+    old, before = state(pg.load(folder)), contents(folder)
+    whole = without_times(fitted(tmp_path / "new", built=3))
+    logs = {name for name in before if name.startswith("logs")}
+    seen = set()
 
     def act(there):
-        with monkeypatch.context() as patch, pytest.raises(Enough):
-            patch.setattr("pyrogen.inference.loop.Training.go", stop)
-            fitted(there, built=3, overwrite=True)
+        fitted(there, built=3, overwrite=True, configuration={"built": 3})
 
-    for there, _ in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=True):
-        if (there / "weights.safetensors").exists():
-            assert state(pg.load(there)) == old
+    for there, _ in at_every_step(monkeypatch, act, copies(folder, tmp_path), killed=killed, stride=3):
+        found = pg.load(there)
+        is_old = state(found) == old
+        seen.add("old" if is_old else len(found.history))
+        try:
+            assert without_times(
+                fitted(shutil.copytree(there, tmp_path / f"{there.name} on"), built=3, resume=True)
+            ) == (without_times(found) if is_old else whole)
+        except ValueError as refused:
+            assert re.search(r"beside it are of another training|was written by a fit that differs", str(refused))
+        if is_old:  # what is there is of the old run
+            assert all(before[name] == content for name, content in contents(there).items() if name in before)
+            assert not {*contents(there)} - {*before} - {path.name for path in leftovers(there)}
         else:
-            with pytest.raises(ValueError, match=r"holds no run|has no weights"):
-                pg.load(there)
-        assert without_times(fitted(there, built=3, overwrite=True)) == begun
+            assert not {"evaluation.yaml", "figures"} & {path.name for path in there.iterdir()}
+            assert not logs & {*contents(there)}
+        act(there)
+        assert without_times(pg.load(there)) == whole and not leftovers(there)
+        assert (there / "fit.yaml").read_text() == "built: 3\n"
+    assert seen == {"old", 1, 2}
+
+
+def test_a_fit_that_fails_over_a_run_leaves_all_of_it(two, tmp_path):
+    folder = shutil.copytree(two[0], tmp_path / "run")
+    before = contents(folder)
+    said = r"no checkpoint was written; the earlier run in .*run stays"
+    with pytest.raises(NonFiniteLoss, match=said):
+        fitted(folder, built=3, epochs=9, learning_rate=1e30, checkpoint_every=9, overwrite=True)
+    assert contents(folder) == before
+    fitted(folder, built=3, epochs=3, checkpoint_every=2, overwrite=True, callbacks=[lambda run: True])
+    logged = {name for name in contents(folder) if name.startswith("logs")}
+    assert len(pg.load(folder).history) == len(logged) == 1 and not logged & {*before}
+
+
+MINE = ("notes.txt", "figures/thesis.png", "logs/mine.txt", "thesis/report.html", "thesis/run.txt")
+
+
+def with_mine(folder, *places):
+    """Put files of somebody else's into a folder; what they hold."""
+    for name in (*MINE, *places):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"mine")
+    return dict.fromkeys((*MINE, *places), b"mine")
+
+
+@pytest.mark.parametrize("act", ["save", "fit", "begun"])
+def test_what_somebody_else_put_into_the_folder_of_a_run_stays(act, two, tmp_path):
+    folder, new = shutil.copytree(two[0], tmp_path / "run"), two[1]
+    before, mine = contents(folder), with_mine(folder)
+    linked = tmp_path / "linked.png"
+    linked.write_bytes(b"mine")
+    (folder / "samples.png").symlink_to(linked)
+    if act == "save":
+        pg.save(new, folder, overwrite=True)
+    else:
+        if act == "begun":
+            (folder / "weights.safetensors").unlink()
+        fitted(folder, built=3, overwrite=True)
+    after = contents(folder)
+    assert mine.items() <= after.items() and linked.read_bytes() == b"mine"
+    assert not {name for name, content in before.items() if after.get(name) == content}
+    assert not {*before} & {*after} - {"weights.safetensors", "run.yaml", "history.csv", "checkpoint.safetensors"}
+    assert not (folder / "figures" / "fit-run").exists() and not (folder / "samples.png").is_symlink()
+
+
+def compared(folder, names=("a", "b"), **given) -> Any:
+    model = fitted(None, epochs=1).model
+    options: dict[str, Any] = {"epochs": 1, "parts": ["bound"], "progress": False, "encoder": lambda: MLP(SHAPE, 3)}
+    return pg.compare(model, {name: (Normal, ELBO()) for name in names}, data=ROWS, out=folder, **options | given)
+
+
+def test_what_somebody_else_put_into_the_folder_of_a_comparison_stays(tmp_path):
+    folder = tmp_path / "compared"
+    compared(folder)
+    before = contents(folder)
+    mine = with_mine(folder, "a/notes.txt", "b/notes.txt")
+    compared(folder, names=("a", "c"), overwrite=True)
+    after = contents(folder)
+    assert mine.items() <= after.items()
+    assert {name for name in after if name.startswith("b/")} == {"b/notes.txt"}
+    assert not {name for name, content in before.items() if after.get(name) == content and name.startswith(("a", "b"))}
+    assert len(pg.load(folder / "c").history) == len(pg.load(folder / "a").history) == 1
+    assert not (folder / "b" / ".lock").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+def test_fits_and_comparisons_do_not_take_the_place_of_each_other(given, two, tmp_path):
+    folder = tmp_path / "compared"
+    compared(folder)
+    run = shutil.copytree(two[0], tmp_path / "run")
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match="run holds a fit, not a comparison; give another folder"):
+        compared(run, **given)
+    with pytest.raises(OutputExistsError, match="compared holds a comparison, not a fit; give another folder"):
+        fitted(folder, **given)
+    if not given.get("resume"):
+        with pytest.raises(OutputExistsError, match="compared holds a comparison, not a fit; give another folder"):
+            pg.save(two[1], folder, **given)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "/".join(["x" * 99] * 50)], ids=["name", "path"])
+def test_a_path_that_is_too_long_is_named_before_training(path, two, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, said = two[1], rf"'xxx.{{1,30}}xxx', of {len(path)} characters, is too long a name or path .* a shorter one"
+    never: Any = {"callbacks": [lambda run: pytest.fail("it was trained")]}
+    for name, act in (
+        (r"out \(--out\)", lambda: fitted(path, **never)),
+        (r"out \(--out\)", lambda: compared(path)),
+        ("folder", lambda: pg.save(run, path)),
+        ("folder", lambda: pg.load(path)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {said}$"):
+            act()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_leftovers_of_killed_writes_go_and_make_no_folder_foreign(tmp_path):

@@ -196,6 +196,36 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_resume_says_where_there_is_nothing_to_go_on_from(begun, digits, tmp_path, caplog):
+    out = tmp_path / "run"
+    if begun:
+        out.mkdir()
+        (out / "run.yaml").write_text("")
+    said = [f"{out} holds no checkpoint to go on from, so training begins anew"]
+    assert len(short_fit(digits, epochs=1, out=out, resume=True).history) == 1
+    assert [record.getMessage() for record in caplog.records] == said
+    short_fit(digits, epochs=2, out=out, resume=True)
+    short_fit(digits, epochs=1, out=tmp_path / "other")
+    assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_resume_wins_over_overwrite_and_says_how_to_begin_anew(digits, tmp_path):
+    begun = short_fit(digits, epochs=1, out=tmp_path / "run").history["seconds"][0]
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="begin anew without resume, with overwrite=True, or go on all the same"):
+        short_fit(digits, out=tmp_path / "run", resume=True, overwrite=True, seed=5)
+    assert contents(tmp_path) == before
+    run = short_fit(digits, epochs=2, out=tmp_path / "run", resume=True, overwrite=True)
+    assert len(run.history) == 2 and run.history["seconds"][0] == begun
+
+
+@pytest.mark.parametrize("out", [3, b"bytes", "a\0b", ["run"]])
+def test_an_output_folder_is_a_text_or_a_path(out, digits):
+    with pytest.raises(ValueError, match=r"^out must be a text or a path or None, got "):
+        short_fit(digits, out=out)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other"])
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(damage, digits, tmp_path):
     short_fit(digits, epochs=1, out=tmp_path / "run")
