@@ -123,8 +123,9 @@ def fit(
             ``torch.set_float32_matmul_precision``: ``"high"`` uses TF32 where a GPU has it.
         non_finite: What to do at a step whose loss or gradients are NaN or infinite: ``"stop"`` with an error that
             names the site where that began, or ``"skip"`` the step and give buffers back what they held; the history
-            counts them in ``skipped``, and 100 one after the other stop. Gradients are then looked at in every step,
-            which costs about 2 % of it, and more on a GPU, which is waited for.
+            counts them in ``skipped``. So many one after the other stop: 100; those of a whole epoch, if at least 10;
+            or the last 10 of the fit, or half of a shorter one, for its weights are then of no use. Gradients are then
+            looked at in every step, which costs about 2 % of it, and more on a GPU, which is waited for.
         configuration: Plain values that ``fit.yaml`` in ``out`` shall hold, such as the settings of the command; not
             without ``out``.
 
@@ -141,8 +142,9 @@ def fit(
         ValueError: Before any training, for data, programs or options that do not fit each other.
         OutputExistsError: Before any training, if ``out`` holds something or another process writes there.
         WriteError: If a file can't be written, for a full disk, say; what was written before stays.
-        NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began. Model and guide then have the
-            weights of the last start of an epoch at which the loss was finite, of which a copy is kept.
+        NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began. If too many steps one after the
+            other were skipped, see ``non_finite``. Model and guide then have the weights of the last start of an epoch
+            at which the loss was finite, of which a copy is kept.
         torch.OutOfMemoryError: If a step takes more memory than a GPU has; it names a ``batch_size`` that fits.
         KeyboardInterrupt, SystemExit: After Ctrl-C; after SIGTERM, with the code 143.
 

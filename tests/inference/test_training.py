@@ -577,7 +577,7 @@ def test_a_nan_loss_stops_names_its_site_and_leaves_the_checkpoint(place, tmp_pa
     poisoned_model, poisoned_guide = build(10)
     options: dict[str, Any] = {"epochs": 4, "batch_size": 16, "progress": False, "out": tmp_path / "run"}
     with pytest.raises(
-        NonFiniteLoss, match=rf"at step 10 \(epoch 3\); it began at .*{sites[place]}.*last good"
+        NonFiniteLoss, match=rf"at step 10 \(epoch 3\); it began at .*{sites[place]}.*the last checkpoint"
     ) as error:
         fit(poisoned_model, poisoned_guide, ELBO(), x, **options)
     assert str(tmp_path / "run" / CHECKPOINT) in str(error.value)
