@@ -16,7 +16,13 @@ from torch.utils.data import Dataset
 from pyrogen.arguments import check_are
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
-from pyrogen.inference.checks import check_programs, check_values, check_weights, first_parameter
+from pyrogen.inference.checks import (
+    check_objects,
+    check_programs,
+    check_values,
+    check_weights,
+    first_parameter,
+)
 from pyrogen.inference.folders import held, prepare_folder
 from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import Objective
@@ -179,11 +185,11 @@ def fit(
         matmul_precision=matmul_precision,
         non_finite=non_finite,
     )
+    check_objects(model=model, guide=guide, objective=objective)
     if not isinstance(objective, Objective):
-        came = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
         raise TypeError(
-            f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
-            "pyro.infer.SVI"
+            f"expected an objective such as pyrogen.inference.ELBO(), got a {type(objective).__name__}; Pyro's own "
+            "losses train with pyro.infer.SVI"
         )
     check_are(Callable, model=model, guide=model if guide is None else guide)
     check_are(bool, progress=progress, overwrite=overwrite)

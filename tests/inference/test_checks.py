@@ -297,6 +297,19 @@ def test_nan_in_a_data_set_is_found():
         values_of(ContinuousBernoulli(MLP(2, 3)), Lazy(rows_with(torch.nan, 4700)))
 
 
+@pytest.mark.parametrize(
+    ("rows", "shapes"),
+    [
+        ([torch.ones(3), torch.ones(4)], r"\(3,\) and \(4,\)"),
+        ([(torch.ones(3), 1), (torch.ones(2, 3), 1)], r"\(\(3,\), \(\)\) and \(\(2, 3\), \(\)\)"),
+        ([(torch.ones(3),), (torch.ones(3), 1)], r"\(\(3,\),\) and \(\(3,\), \(\)\)"),
+    ],
+)
+def test_rows_of_different_shapes_are_refused(rows, shapes):
+    with pytest.raises(ValueError, match=f"rows of the data have different shapes, such as {shapes}; give a Dataset"):
+        fit(program(), guide(), ELBO(), Lazy(rows), epochs=1, progress=False)
+
+
 def test_a_support_that_follows_from_draws_is_not_checked():
     def model(x):
         with pyro.plate("data", len(x)):
