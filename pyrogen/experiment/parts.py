@@ -17,13 +17,22 @@ from jsonargparse import ArgumentError, ArgumentParser
 from pyrogen import distributions, inference, models, networks
 from pyrogen.configuration import import_object
 
-__all__ = ["ROLES", "Part", "call", "describe_part", "names", "resolve"]
+__all__ = ["ROLES", "Part", "call", "describe_part", "misplaced", "names", "resolve"]
 
 ROLES = ("model", "prior", "likelihood", "encoder", "decoder", "family", "objective")
 
 
 BUILDERS = {"ratio": 1, "visible_ratio": 1, "critic": 2}
 """Options of objectives that are called for what they are to be, with so many arguments."""
+
+
+_ASKED = {
+    "prior": "prior(latent) and gives what, called without arguments, is a distribution, as StandardNormal",
+    "likelihood": "likelihood(decoder) and gives what, called with z, is a distribution, as Bernoulli",
+    "decoder": "decoder(latent, shape) and gives a module from (B, latent) to (B, *shape), as MLP",
+    "encoder": "encoder(event_shape, features) and gives a module from x to (B, features), as MLP",
+}
+"""What a role asks of a part, for messages."""
 
 
 class Part:
@@ -168,7 +177,17 @@ def _build(target: Callable, part: Part, role: str, *positional: Any) -> Any:
             f"can't build the {role} {part!r}: {error}; options follow the name, as in "
             "--prior Mixture --prior.components 20"
         ) from error
-    return target(*positional)
+    try:
+        return target(*positional)
+    except (TypeError, RuntimeError) as error:  # of what was made for something else
+        raise misplaced(part, role, f"can't be built: {error}").with_traceback(error.__traceback__) from error
+
+
+def misplaced(part: Part, role: str, why: str) -> ValueError:
+    """The error for a part that can't have its role, with what the role asks for."""
+    if role not in _ASKED:
+        return ValueError(f"the {role} {part!r} {why}")
+    return ValueError(f"--{role} {part!r} {why}; expected what is called as {_ASKED[role]} is")
 
 
 def _typed(target: Callable, part: Part, role: str, positional: int, given: set[str]) -> dict[str, Any]:

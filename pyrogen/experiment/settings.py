@@ -15,8 +15,9 @@ from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, ContinuousBernoulli, NormalLikelihood, QuantizedNormal
 from pyrogen.distributions.implicit import is_implicit
 from pyrogen.evaluation.parts import DEFAULT, known_parts
-from pyrogen.experiment.parts import Part, call, partial_of, resolve
+from pyrogen.experiment.parts import Part, call, misplaced, names, partial_of, resolve
 from pyrogen.inference import CriticOptions, Objective
+from pyrogen.inference.programs import rehearsal
 from pyrogen.models import LatentVariableModel
 
 __all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective", "chosen_parts"]
@@ -166,7 +167,9 @@ class Settings:
             ValueError: If a name or an option is not known.
         """
         if self.model is None:
-            prior = call(self.prior or Part("StandardNormal"), "prior", self.latent, inputs=data.event_shape)
+            part = self.prior or Part("StandardNormal")
+            prior = call(part, "prior", self.latent, inputs=data.event_shape)
+            _check_gives(part, "prior", prior)
             return LatentVariableModel(prior, self.build_likelihood(data))
         program = resolve(self.model, "model")
         if isinstance(program, type):
@@ -185,11 +188,26 @@ class Settings:
         arguments: dict[str, Any] = getattr(likelihood, "keywords", {})
         shape_of = getattr(getattr(likelihood, "func", likelihood), "decoder_shape", None)
         shape = data.event_shape if shape_of is None else shape_of(data.event_shape, **arguments)
-        return likelihood(call(self.decoder or Part("MLP"), "decoder", self.latent, shape))
+        built = likelihood(call(self.decoder or Part("MLP"), "decoder", self.latent, shape))
+        _check_gives(part, "likelihood", built, torch.zeros(2, self.latent))
+        return built
 
     def build_encoder(self, data: Data) -> nn.Module:
         """The encoder for a data set, with fresh weights."""
         return call(self.encoder, "encoder", data.event_shape, self.features)
+
+
+def _check_gives(part: Part, role: str, built: Any, *given: torch.Tensor) -> None:
+    """See that a prior or a likelihood that is none of pyrogen's gives a distribution."""
+    if part.name in names(role):
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), rehearsal(built):
+            made = built(*given)
+    except (TypeError, RuntimeError) as error:
+        raise misplaced(part, role, f"can't be called: {error}").with_traceback(error.__traceback__) from error
+    if not isinstance(made, torch.distributions.Distribution):
+        raise misplaced(part, role, f"gives a {type(made).__name__}, not a distribution")
 
 
 def chosen_parts(parts: list[str]) -> list[str]:

@@ -183,7 +183,16 @@ def _read(
 
 
 def _collated(items: list[Any]) -> tuple[Tensor, ...]:
-    batch = default_collate(items)
+    try:
+        batch = default_collate(items)
+    except RuntimeError as error:
+        shapes = [*dict.fromkeys(_shape(item) for item in items)]
+        if len(shapes) == 1:
+            raise
+        raise ValueError(
+            f"the rows of the data have different shapes, such as {shapes[0]} and {shapes[1]}; give a Dataset whose "
+            "rows all have one, cropped, resized or padded to it"
+        ) from error
     parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, (tuple, list)) else ()
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         raise TypeError(
@@ -191,6 +200,10 @@ def _collated(items: list[Any]) -> tuple[Tensor, ...]:
             f"{type(items[0]).__name__}; wrap it in one that gives such items"
         )
     return parts
+
+
+def _shape(item: Any) -> tuple[Any, ...]:
+    return tuple(map(_shape, item)) if isinstance(item, (tuple, list)) else tuple(getattr(item, "shape", ()))
 
 
 def as_batch(data: Tensor | Sequence[Tensor], device: torch.device | None = None) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """What is checked once before any training starts: that model, guide and data fit each other."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from pyrogen.inference.programs import (
 )
 from pyrogen.inference.turns import seeded
 
-__all__ = ["check_programs", "check_values", "check_weights", "first_parameter", "same_support"]
+__all__ = ["check_objects", "check_programs", "check_values", "check_weights", "first_parameter", "same_support"]
 
 _DRAWS = 100
 
@@ -70,6 +71,17 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor, guid
         _check_site(site, model_trace.nodes[name], drawn[name])
     if len(batch[0]) > 1:
         _check_follows(sample_sites(prototype(guide, *(x[:-1] for x in batch))), len(batch[0]) - 1)
+
+
+def check_objects(**given: Any) -> None:
+    """Raise a ``TypeError`` for a class where an object of it is meant, by its name."""
+    for name, value in given.items():
+        if isinstance(value, type):
+            parameters = inspect.signature(value).parameters.values()
+            needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+            raise TypeError(
+                f"{name} is the class {value.__name__}; give an object of it, as {value.__name__}({', '.join(needed)})"
+            )
 
 
 def check_weights(*programs: Callable | None) -> None:

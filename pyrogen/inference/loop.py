@@ -65,6 +65,8 @@ NORM_EVERY = 10
 """Steps of an epoch from one look at the gradient's norm to the next; one takes as long as a pass over all weights."""
 MOST_SKIPPED = 100
 """Steps that may be skipped one after the other."""
+FEW = 10
+"""Steps skipped one after the other that may still be chance, where an epoch or the fit ends with them."""
 
 _VALIDATION_ROWS = 1000
 """Rows of a validation batch, copies counted."""
@@ -249,7 +251,7 @@ class Training:
         started = began = time.perf_counter()
         epoch, done = divmod(self.step, self.batches.per_epoch)
         tally, since = self.tally, 0
-        self.keeps = not self.skips  # a step that is skipped spoils nothing
+        self.keeps = True
         self.programs.train()
         batches = self.batches.epoch(epoch, self.fabric.device, skip=done)
         for position in range(done, min(self.batches.per_epoch, done + self.total - self.step)):
@@ -279,6 +281,7 @@ class Training:
         tally.seconds += seconds
         if self.asked_to_stop and self.step % self.batches.per_epoch and self.step < self.total:
             self._stop()
+        self._check_skipped()
         if self.compiled is not None:
             self.run.compile_seconds += self.compiled.seconds
             self.compiled.seconds = 0.0
@@ -372,10 +375,19 @@ class Training:
                 raise self.failure
             _give_back(buffers)
             self.tally.skipped, self.in_a_row = self.tally.skipped + 1, self.in_a_row + 1
-            if self.in_a_row == MOST_SKIPPED:
-                what = f"loss or gradients of {MOST_SKIPPED} steps one after the other are not finite, the last"
-                raise NonFiniteLoss(explained(self, what, "a place that non_finite='stop' names", self.step))
             self.step += 1
+            if self.in_a_row == MOST_SKIPPED:
+                raise self._all_skipped()
+
+    def _check_skipped(self) -> None:
+        """See that an epoch, or the fit, did not end with skipped steps alone: a step of finite loss can spoil all."""
+        enough = min(FEW, self.total / 2) if self.done else max(FEW, self.batches.per_epoch)
+        if self.in_a_row >= enough:
+            raise self._all_skipped()
+
+    def _all_skipped(self) -> NonFiniteLoss:
+        what = f"loss or gradients of {self.in_a_row} steps one after the other are not finite, the last"
+        return NonFiniteLoss(explained(self, what, None, self.step - 1))
 
     def _tried(self, compute: Callable[[], T]) -> T | None:
         """What is computed. Where several processes train, one that fails goes on with NaN until all have seen it."""

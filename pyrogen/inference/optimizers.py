@@ -1,5 +1,6 @@
 """Optimizers of a fit: which parameters, which steps, which learning rates."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -30,7 +31,14 @@ def trained_parameters(module: nn.Module, critics: list[nn.Parameter]) -> list[n
 def optimizer_of(parameters: list[nn.Parameter], options: FitOptions, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the programs' parameters."""
     if options.optimizer is not None:
-        return options.optimizer(parameters, lr=options.learning_rate)
+        optimizer = options.optimizer(parameters, lr=options.learning_rate)
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} needs a closure, to compute the loss anew; choose one that "
+                "steps on gradients alone, such as torch.optim.Adam"
+            )
+        return optimizer
     return adam(parameters, options.learning_rate, options, device)
 
 

@@ -7,6 +7,7 @@ global.
 import copy
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,14 @@ __all__ = [
     "trace_of",
     "unregistered",
 ]
+
+
+_NOT_FINITE = re.compile(
+    r"Expected parameter (\w+) .* of distribution (\w+)\(.* to satisfy the constraint "
+    r"(?:\S*Real\(\)|.*, but found invalid values:.*\b(?:nan|inf)\b)",
+    re.DOTALL,
+)
+"""What torch says of a parameter that is NaN, and of one outside of a support that is infinite."""
 
 
 @dataclass(frozen=True)
@@ -269,14 +278,31 @@ def check_takes(program: Callable, *batch: Tensor) -> None:
 
 
 def trace_of(program: Callable, *batch: Tensor) -> poutine.Trace:
-    """Run a program and trace it. Its errors come as they are, with the shapes of the sites before them as a note."""
+    """Run a program and trace it. Its errors come as they are, with the shapes of the sites before them as a note.
+
+    Only torch's for a parameter that is not finite is put into other words, for it would print the whole tensor.
+    """
     with poutine.trace() as tracing:
         try:
             program(*batch)
         except (ValueError, RuntimeError) as error:  # to whose text Pyro's own handler would add them
+            if found := _NOT_FINITE.match(str(error)):
+                error.args = (_not_finite(program, *found.groups()),)
             error.add_note(tracing.trace.format_shapes())
             raise
     return tracing.get_trace()
+
+
+def _not_finite(program: Callable, parameter: str, distribution: str) -> str:
+    """What to say of a program that gives a distribution a parameter that is not finite."""
+    name = getattr(program, "__name__", type(program).__name__)
+    weights = [p for module in modules_of(program) for p in module.parameters() if p.is_floating_point() and p.numel()]
+    largest = max((p.detach().abs().max().item() for p in weights), default=None)
+    known = "" if largest is None else f"; the largest of its weights is {largest:.3g}"
+    return (
+        f"{name} gives the distribution {distribution} {parameter} that are not finite{known}. After a training that "
+        "diverged, go back to an earlier checkpoint, or train again with a smaller learning_rate"
+    )
 
 
 class Program(nn.Module):

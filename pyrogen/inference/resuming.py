@@ -72,6 +72,7 @@ def write_checkpoint(
         "step": training.step,
         "best": None if math.isinf(training.best) else training.best,
         "since_best": training.since_best,
+        "in_a_row": training.in_a_row,
         "objective_step": run.objective.step,
         "seconds": run.seconds,
         "compile_seconds": run.compile_seconds,
@@ -170,6 +171,7 @@ def _restore(training: "Training", tensors: dict[str, Tensor], values: dict[str,
     training.fabric.strategy.precision.load_state_dict(values["precision"])
     training.best_weights = under("best.")
     training.step, training.since_best = values["step"], values["since_best"]
+    training.in_a_row = values.get("in_a_row", 0)
     training.best = -math.inf if values["best"] is None else values["best"] + 0.0
     run.objective.step, run.seconds = values["objective_step"], values["seconds"]
     run.compile_seconds = values["compile_seconds"]

@@ -16,7 +16,13 @@ from torch.utils.data import Dataset
 from pyrogen.arguments import check_are
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
-from pyrogen.inference.checks import check_programs, check_values, check_weights, first_parameter
+from pyrogen.inference.checks import (
+    check_objects,
+    check_programs,
+    check_values,
+    check_weights,
+    first_parameter,
+)
 from pyrogen.inference.folders import held, prepare_folder
 from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import Objective
@@ -124,8 +130,9 @@ def fit(
             ``torch.set_float32_matmul_precision``: ``"high"`` uses TF32 where a GPU has it.
         non_finite: What to do at a step whose loss or gradients are NaN or infinite: ``"stop"`` with an error that
             names the site where that began, or ``"skip"`` the step and give buffers back what they held; the history
-            counts them in ``skipped``, and 100 one after the other stop. Gradients are then looked at in every step,
-            which costs about 2 % of it, and more on a GPU, which is waited for.
+            counts them in ``skipped``. So many one after the other stop: 100; those of a whole epoch, if at least 10;
+            or the last 10 of the fit, or half of a shorter one, for its weights are then of no use. Gradients are then
+            looked at in every step, which costs about 2 % of it, and more on a GPU, which is waited for.
         configuration: Plain values that ``fit.yaml`` in ``out`` shall hold, such as the settings of the command; not
             without ``out``.
 
@@ -142,8 +149,9 @@ def fit(
         ValueError: Before any training, for data, programs or options that do not fit each other.
         OutputExistsError: Before any training, if ``out`` holds something or another process writes there.
         WriteError: If a file can't be written, for a full disk, say; what was written before stays.
-        NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began. Model and guide then have the
-            weights of the last start of an epoch at which the loss was finite, of which a copy is kept.
+        NonFiniteLoss: If a loss is NaN or infinite; it names the site where that began. If too many steps one after the
+            other were skipped, see ``non_finite``. Model and guide then have the weights of the last start of an epoch
+            at which the loss was finite, of which a copy is kept.
         torch.OutOfMemoryError: If a step takes more memory than a GPU has; it names a ``batch_size`` that fits.
         KeyboardInterrupt, SystemExit: After Ctrl-C; after SIGTERM, with the code 143.
 
@@ -178,11 +186,11 @@ def fit(
         matmul_precision=matmul_precision,
         non_finite=non_finite,
     )
+    check_objects(model=model, guide=guide, objective=objective)
     if not isinstance(objective, Objective):
-        came = f"the class {objective.__name__}" if isinstance(objective, type) else f"a {type(objective).__name__}"
         raise TypeError(
-            f"expected an objective such as pyrogen.inference.ELBO(), got {came}; Pyro's own losses train with "
-            "pyro.infer.SVI"
+            f"expected an objective such as pyrogen.inference.ELBO(), got a {type(objective).__name__}; Pyro's own "
+            "losses train with pyro.infer.SVI"
         )
     check_are(Callable, model=model, guide=model if guide is None else guide)
     check_are(str | Path | None, out=out)

@@ -20,8 +20,9 @@ __all__ = ["NonFiniteLoss", "Seen", "check_weights", "explained", "out_of_memory
 class NonFiniteLoss(ArithmeticError):
     """A loss that is NaN or infinite; training stopped before the step that it would have spoiled.
 
-    Steps before it may have spoiled weights; none were written, and model and guide go back to the weights of the last
-    start of an epoch at which the loss was finite.
+    With ``non_finite="skip"``, losses or gradients of too many steps one after the other. Steps before may have spoiled
+    weights, and those of a checkpoint are finite but may be of no use; model and guide go back to the weights of the
+    last start of an epoch at which the loss was finite.
     """
 
 
@@ -84,15 +85,16 @@ def _spoiled(training: "Training") -> list[str]:
     return [name for name, p in training.run.programs.named_parameters() if not torch.isfinite(p).all()]
 
 
-def explained(training: "Training", what: str, origin: str, step: int) -> str:
-    """What to say of something that is not finite."""
+def explained(training: "Training", what: str, origin: str | None, step: int) -> str:
+    """What to say of something that is not finite; without an origin, how to come by that."""
+    began = "non_finite='stop' names where that begins" if origin is None else f"it began at {origin}"
     # Of an earlier step's weights nothing is known any more.
     if step == training.step and (spoiled := _spoiled(training)):
-        origin = f"{origin}, for the step before made {spoiled[0]} not finite"
+        began = f"{began}, for the step before made {spoiled[0]} not finite"
     epoch = step // training.batches.per_epoch + 1
     back = f", and model and guide have their weights of step {training.kept_at} again" if training.kept else ""
     return (
-        f"{what} at step {step + 1} (epoch {epoch}); it began at {origin}. Training stopped: "
+        f"{what} at step {step + 1} (epoch {epoch}); {began}. Training stopped: "
         f"{where_it_stands(training)}{back}. Try a smaller learning_rate, or gradient_clip=1.0"
     )
 
@@ -102,7 +104,7 @@ def where_it_stands(training: "Training") -> str:
     if training.replaces:
         return f"no checkpoint was written; the earlier run in {training.folder} stays"
     if training.folder is not None and (training.folder / CHECKPOINT).exists():
-        return f"the last good checkpoint is {training.folder / CHECKPOINT}"
+        return f"the last checkpoint is {training.folder / CHECKPOINT}"
     return "no checkpoint was written"
 
 

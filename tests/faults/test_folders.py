@@ -236,7 +236,7 @@ def test_a_checkpoint_stopped_at_any_step_leaves_a_run_that_goes_on(killed, two,
         assert len(found.history) != 2 or without_times(found) == old
         if isinstance(error, WriteError):
             assert str(there) in str(error) and "nothing that was there before is lost" in str(error)
-            assert "Training stands at step" in str(error) and "the last good checkpoint is" in str(error)
+            assert "Training stands at step" in str(error) and "the last checkpoint is" in str(error)
         assert without_times(fitted(there, epochs=3, resume=True)) == whole
         assert without_times(pg.load(there)) == whole and not leftovers(there)
     assert epochs == {2, 3}
@@ -629,7 +629,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_written(small, tmp_path, ca
         "No space left on device",
         "Free some space there",
         "nothing that was there before is lost",
-        f"Training stands at step 6, and the last good checkpoint is {folder / 'checkpoint.safetensors'}",
+        f"Training stands at step 6, and the last checkpoint is {folder / 'checkpoint.safetensors'}",
     ):
         assert said in str(error.value)
     assert len(pg.load(folder).history) == 2 and not leftovers(folder)

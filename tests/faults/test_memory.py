@@ -55,7 +55,7 @@ def test_the_size_of_a_batch_that_fits_is_named(room, said):
 
 
 def test_nothing_is_lost(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError, match="the last good checkpoint is"):
+    with pytest.raises(torch.OutOfMemoryError, match="the last checkpoint is"):
         fitted(10, since=3, out=tmp_path / "run")  # in the second epoch
     assert read_tensors(tmp_path / "run" / loop.CHECKPOINT)[1]["step"] == 2
     run = fitted(100, out=tmp_path / "run", resume=True)

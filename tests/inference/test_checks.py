@@ -13,7 +13,16 @@ from torch.distributions import biject_to, constraints
 from torch.utils.data import Dataset
 
 import pyrogen as pg
-from pyrogen.distributions import Bernoulli, ContinuousBernoulli, Flow, Mixture, Normal, StandardNormal, Vamp
+from pyrogen.distributions import (
+    Bernoulli,
+    ContinuousBernoulli,
+    Flow,
+    Mixture,
+    Normal,
+    NormalLikelihood,
+    StandardNormal,
+    Vamp,
+)
 from pyrogen.inference import ELBO, AmortizedGuide, fit
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checks import check_programs, check_values
@@ -97,6 +106,30 @@ def test_errors_of_a_program_come_without_pyros_table_of_shapes():
     with pytest.raises(ValueError, match=r"could not run on a stand-in batch of two rows \(RuntimeError: ") as raised:
         AmortizedGuide(model, MLP(3, 4))
     assert "\n" not in str(raised.value) and "pass example=" in str(raised.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "parameter", "pixels"),
+    [(Bernoulli, "Bernoulli logits", 5), (NormalLikelihood, "SafeNormal loc", 2000)],
+)
+def test_weights_that_are_huge_are_named_where_the_decoder_gives_nan(likelihood, parameter, pixels):
+    model = LatentVariableModel(StandardNormal(2), likelihood(MLP(2, pixels)))
+    guide, x = AmortizedGuide(model, MLP(pixels, 4)), torch.zeros(4, pixels)
+    run = fit(model, guide, ELBO(), x, steps=1, progress=False, device="cpu")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.sign() * 1e30)
+    said = rf"^LatentVariableModel gives the distribution {parameter} that are not finite; the .* weights is 1e\+30\. "
+    uses: list[Any] = [
+        lambda: pg.evaluate(run, x),
+        lambda: pg.sample(run, 2),
+        lambda: pg.to_arviz(run, x),
+        lambda: fit(model, guide, ELBO(), x, steps=1, progress=False, device="cpu"),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=said) as raised:
+            use()
+        assert "tensor(" not in str(raised.value)
 
 
 def two_sites(x):
@@ -262,6 +295,19 @@ def test_values_are_checked_where_the_model_flattens_them_first():
 def test_nan_in_a_data_set_is_found():
     with pytest.raises(ValueError, match="NaN or infinity, first in row 4700"):
         values_of(ContinuousBernoulli(MLP(2, 3)), Lazy(rows_with(torch.nan, 4700)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shapes"),
+    [
+        ([torch.ones(3), torch.ones(4)], r"\(3,\) and \(4,\)"),
+        ([(torch.ones(3), 1), (torch.ones(2, 3), 1)], r"\(\(3,\), \(\)\) and \(\(2, 3\), \(\)\)"),
+        ([(torch.ones(3),), (torch.ones(3), 1)], r"\(\(3,\),\) and \(\(3,\), \(\)\)"),
+    ],
+)
+def test_rows_of_different_shapes_are_refused(rows, shapes):
+    with pytest.raises(ValueError, match=f"rows of the data have different shapes, such as {shapes}; give a Dataset"):
+        fit(program(), guide(), ELBO(), Lazy(rows), epochs=1, progress=False)
 
 
 def test_a_support_that_follows_from_draws_is_not_checked():

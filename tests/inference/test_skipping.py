@@ -1,6 +1,7 @@
 """Steps that are not taken, for their loss or gradients are not finite; and the norm of gradients."""
 
 import math
+import signal
 from typing import Any
 
 import pyro
@@ -86,9 +87,60 @@ def test_too_many_in_a_row_stop(monkeypatch):
     x = torch.randn(8, 3)
     assert len(fitted(Mean({2, 3, 4, 6, 7, 8}), x, epochs=10, non_finite="skip").history) == 10
     model = Mean({3, 4, 5, 6})
-    with pytest.raises(NonFiniteLoss, match=r"of 4 steps .* are not finite, the last at step 6 .*'stop' names"):
+    said = r"of 4 steps .* are not finite, the last at step 6 .*'stop' names .* weights of step 0 again"
+    with pytest.raises(NonFiniteLoss, match=said):
         fitted(model, x.repeat(10, 1), epochs=1, batch_size=8, non_finite="skip")
-    assert model.loc.detach().abs().min() > 0  # of the steps that were taken
+    assert not model.loc.detach().any()
+
+
+class Overflowing(nn.Module):
+    """x ~ N(loc², 1), whose loss is finite at first and no more after an enormous step."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.loc**2, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "last"),
+    [
+        (12 * 4, {"epochs": 1}, 12),
+        (12 * 4, {"epochs": 3}, 24),  # of the first epoch a step was taken, and a fit may go on
+        (12 * 4, {"steps": 15}, 15),
+        (2 * 4, {"epochs": 100}, 12),
+        (4, {"epochs": 3}, 3),
+    ],
+)
+def test_a_finite_step_that_spoils_all_others_is_no_success(rows, given, last, tmp_path):
+    model = Overflowing()
+    options: dict[str, Any] = {"learning_rate": 1e30, "batch_size": 4, "non_finite": "skip", "out": tmp_path}
+    said = rf"of {last - 1} steps .*, the last at step {last} \(epoch .* weights of step 0 again"
+    with pytest.raises(NonFiniteLoss, match=said) as error:
+        fitted(model, torch.randn(rows, 3), **options | given)
+    assert model.loc.tolist() == [1.0, 1.0, 1.0]
+    assert ("no checkpoint was written" in str(error.value)) == (not (tmp_path / "checkpoint.safetensors").exists())
+
+
+def test_steps_skipped_before_an_interruption_count_after_it(tmp_path, monkeypatch):
+    """The fit that goes on from within an epoch stops where one that nobody disturbed does."""
+    x = torch.randn(12 * 4, 3)
+    options: dict[str, Any] = {"learning_rate": 1e30, "batch_size": 4, "epochs": 1, "non_finite": "skip"}
+    skip = loop.Training._skip
+
+    def interrupted(self, buffers):
+        skip(self, buffers)
+        if self.in_a_row == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="stopped after step 8"):
+        patch.setattr(loop.Training, "_skip", interrupted)
+        fitted(Overflowing(), x, out=tmp_path, **options)
+    with pytest.raises(NonFiniteLoss, match="of 11 steps"):
+        fitted(Overflowing(), x, out=tmp_path, resume=True, **options)
 
 
 class Sometimes(nn.Module):

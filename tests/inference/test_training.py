@@ -607,7 +607,7 @@ def test_a_nan_loss_stops_names_its_site_and_leaves_the_checkpoint(place, tmp_pa
     poisoned_model, poisoned_guide = build(10)
     options: dict[str, Any] = {"epochs": 4, "batch_size": 16, "progress": False, "out": tmp_path / "run"}
     with pytest.raises(
-        NonFiniteLoss, match=rf"at step 10 \(epoch 3\); it began at .*{sites[place]}.*last good"
+        NonFiniteLoss, match=rf"at step 10 \(epoch 3\); it began at .*{sites[place]}.*the last checkpoint"
     ) as error:
         fit(poisoned_model, poisoned_guide, ELBO(), x, **options)
     assert str(tmp_path / "run" / CHECKPOINT) in str(error.value)
@@ -811,6 +811,18 @@ def test_patience_needs_validation_data_and_an_objective_must_be_ours(digits):
         short_fit(digits.validation, patience=2)
     with pytest.raises(TypeError, match="expected an objective"):
         short_fit(digits, objective=pyro.infer.Trace_ELBO())
+    model, guide = programs()
+    for given, expected in (
+        ((LatentVariableModel, guide, ELBO()), r"model is the class .* as LatentVariableModel\(prior, likelihood\)"),
+        ((model, AmortizedGuide, ELBO()), r"guide is the class .* give an object of it, as AmortizedGuide\(model, enc"),
+        ((model, guide, ELBO), r"objective is the class ELBO; give an object of it, as ELBO\(\)"),
+    ):
+        with pytest.raises(TypeError, match=expected):
+            fit(*given, digits, epochs=1, progress=False)
+    with pytest.raises(TypeError, match="guide is the class AmortizedGuide"):
+        pg.evaluation.log_likelihood(model, AmortizedGuide, digits.test)
+    with pytest.raises(ValueError, match=r"optimizer LBFGS needs a closure, .* such as torch\.optim\.Adam"):
+        short_fit(digits, optimizer=torch.optim.LBFGS)
     frozen = ProbabilisticPCA(2, 5).requires_grad_(False)
     with pytest.raises(ValueError, match="has a parameter to train"):
         fit(frozen, AmortizedGuide(frozen, nn.Identity()).requires_grad_(False), ELBO(), torch.randn(9, 5), epochs=1)
