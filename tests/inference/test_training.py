@@ -812,13 +812,14 @@ def test_patience_needs_validation_data_and_an_objective_must_be_ours(digits):
     with pytest.raises(TypeError, match="expected an objective"):
         short_fit(digits, objective=pyro.infer.Trace_ELBO())
     model, guide = programs()
-    for given, expected in (
-        ((LatentVariableModel, guide, ELBO()), r"model is the class .* as LatentVariableModel\(prior, likelihood\)"),
-        ((model, AmortizedGuide, ELBO()), r"guide is the class .* give an object of it, as AmortizedGuide\(model, enc"),
-        ((model, guide, ELBO), r"objective is the class ELBO; give an object of it, as ELBO\(\)"),
-    ):
+    wrong: Any = (
+        (LatentVariableModel, guide, ELBO(), r"model is the class .* as LatentVariableModel\(prior, likelihood\)"),
+        (model, AmortizedGuide, ELBO(), r"guide is the class .* give an object of it, as AmortizedGuide\(model, enc"),
+        (model, guide, ELBO, r"objective is the class ELBO; give an object of it, as ELBO\(\)"),
+    )
+    for one, other, objective, expected in wrong:
         with pytest.raises(TypeError, match=expected):
-            fit(*given, digits, epochs=1, progress=False)
+            fit(one, other, objective, digits, epochs=1, progress=False)
     with pytest.raises(TypeError, match="guide is the class AmortizedGuide"):
         pg.evaluation.log_likelihood(model, AmortizedGuide, digits.test)
     with pytest.raises(ValueError, match=r"optimizer LBFGS needs a closure, .* such as torch\.optim\.Adam"):
