@@ -159,10 +159,10 @@ CALLS = {
         inference.fit,
         {"model": MODEL, "guide": GUIDE, "objective": inference.ELBO(), "data": X}
         | FIT
-        | {"schedule": "constant", "device": "cpu", "precision": "32-true", "resume": False, "overwrite": False}
+        | {"schedule": "constant", "device": "cpu", "precision": "32-true", "resume": False, "overwrite": True}
         | {"checkpoint_every": 1, "validate_every": 1, "loader_workers": 0, "matmul_precision": "highest"}
-        | {"configuration": {"latent": 2}},
-        kinds={"model": "function", "guide": "function", "configuration": "mapping"},
+        | {"configuration": {"latent": 2}, "out": "run"},
+        kinds={"model": "function", "guide": "function", "configuration": "mapping", "out": "new path"},
         right={"configuration": ("snow", "None in it")},
     ),
     "refit_prior": Call(
