@@ -619,6 +619,7 @@ def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
         (["fit", "--decoder", "MLP", "--decoder.activation", "torch.nn.Linear"], "--decoder MLP(activation=torch.nn.L"),
         (["fit", "--likelihood", "torch.nn.ReLU"], "--likelihood ReLU gives a Tensor, not a distribution; expected"),
         (["fit", "--likelihood", "torch.nn.Sequential"], "--likelihood Sequential gives a Tensor"),
+        (["fit", "--family", "torch.nn.Linear"], "is called as family(features, context) and gives a module"),
         (["fit", "--prior", "torch.nn.ReLU"], "--prior ReLU can't be called: ReLU.forward() missing 1 required"),
         (["fit", "--config", "none.yaml"], "none.yaml"),
         (["fit", "--resume"], "--out"),

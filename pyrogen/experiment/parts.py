@@ -30,6 +30,7 @@ _ASKED = {
     "prior": "prior(latent) and gives what, called without arguments, is a distribution, as StandardNormal",
     "likelihood": "likelihood(decoder) and gives what, called with z, is a distribution, as Bernoulli",
     "decoder": "decoder(latent, shape) and gives a module from (B, latent) to (B, *shape), as MLP",
+    "family": "family(features, context) and gives a module whose call with a context is a distribution, as Normal",
     "encoder": "encoder(event_shape, features) and gives a module from x to (B, features), as MLP",
 }
 """What a role asks of a part, for messages."""

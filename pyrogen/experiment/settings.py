@@ -244,7 +244,16 @@ def build_objective(part: Part) -> Objective:
 
 def build_family(part: Part) -> Callable:
     """The family that a part names, to be called as ``family(features, context)``."""
-    return partial_of(part, "family", 2)
+    family = partial_of(part, "family", 2)
+    if part.name not in names("family"):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                family(2, 3)(torch.zeros(4, 3))
+        except RuntimeError as error:
+            raise misplaced(part, "family", f"can't be called: {error}").with_traceback(error.__traceback__) from error
+        except (TypeError, ValueError):  # of which the guide speaks
+            pass
+    return family
 
 
 @dataclass(frozen=True, kw_only=True)
