@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from pyrogen.arguments import check_are, check_counts
 from pyrogen.distributions.implicit import NoDensityError, is_implicit
 from pyrogen.inference.batches import Batches, as_batch, check_data
-from pyrogen.inference.checks import (
-    check_objects,
-    check_programs,
-    check_values,
-    check_weights,
-    first_parameter,
-)
+from pyrogen.inference.checks import check_objects, check_programs, check_values, check_weights, first_parameter
 from pyrogen.inference.divergences import is_point_mass
 from pyrogen.inference.draws import is_masked
 from pyrogen.inference.programs import (

@@ -33,7 +33,7 @@ from pyrogen.experiment.judging import compared_in
 from pyrogen.experiment.parts import Part
 from pyrogen.experiment.programs import amortized_guide
 from pyrogen.experiment.report import REPORT, write_report
-from pyrogen.experiment.settings import CompareSettings, FitSettings, build_family, build_objective, chosen_parts
+from pyrogen.experiment.settings import CompareSettings, FitSettings, build_objective, chosen_parts
 from pyrogen.experiment.table import Comparison, printable, row_of, steps_of
 from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, WriteError, fit, load
@@ -246,7 +246,8 @@ def run_fit(settings: FitSettings, output: FitOutputSettings) -> tuple[Run, Path
         objective = build_objective(settings.objective)
         if objective.uses_guide:
             example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
-            guide = amortized_guide(model, settings.build_encoder(data), build_family(settings.family), example)
+            encoder, family = settings.build_encoder(data), settings.build_family(settings.family)
+            guide = amortized_guide(model, encoder, family, example)
         elif settings.family != Part("Normal"):
             raise ValueError(f"{objective!r} uses no guide, so the family {settings.family!r} has no place in it")
         describe([model, guide])  # so that what can't be loaded again is refused before time is spent on it

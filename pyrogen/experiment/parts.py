@@ -8,7 +8,8 @@ import difflib
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from pyrogen import distributions, inference, models, networks
 from pyrogen.configuration import import_object
 
-__all__ = ["ROLES", "Part", "call", "describe_part", "misplaced", "names", "resolve"]
+__all__ = ["ROLES", "Part", "call", "describe_part", "in_role", "misplaced", "names", "resolve"]
 
 ROLES = ("model", "prior", "likelihood", "encoder", "decoder", "family", "objective")
 
@@ -178,10 +179,17 @@ def _build(target: Callable, part: Part, role: str, *positional: Any) -> Any:
             f"can't build the {role} {part!r}: {error}; options follow the name, as in "
             "--prior Mixture --prior.components 20"
         ) from error
-    try:
+    with in_role(part, role, "can't be built"):
         return target(*positional)
-    except (TypeError, RuntimeError) as error:  # of what was made for something else
-        raise misplaced(part, role, f"can't be built: {error}").with_traceback(error.__traceback__) from error
+
+
+@contextmanager
+def in_role(part: Part, role: str, why: str) -> Iterator[None]:
+    """Within, errors of what was made for something else are said to be the part's, and why."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        raise misplaced(part, role, f"{why}: {error}").with_traceback(error.__traceback__) from error
 
 
 def misplaced(part: Part, role: str, why: str) -> ValueError:

@@ -15,12 +15,12 @@ from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, ContinuousBernoulli, NormalLikelihood, QuantizedNormal
 from pyrogen.distributions.implicit import is_implicit
 from pyrogen.evaluation.parts import DEFAULT, known_parts
-from pyrogen.experiment.parts import Part, call, misplaced, names, partial_of, resolve
+from pyrogen.experiment.parts import Part, call, in_role, misplaced, names, partial_of, resolve
 from pyrogen.inference import CriticOptions, Objective
 from pyrogen.inference.programs import rehearsal
 from pyrogen.models import LatentVariableModel
 
-__all__ = ["CompareSettings", "FitSettings", "Settings", "build_family", "build_objective", "chosen_parts"]
+__all__ = ["CompareSettings", "FitSettings", "Settings", "build_objective", "chosen_parts"]
 
 _SMALL = 256
 """Values of an observation up to which one thread is enough."""
@@ -196,16 +196,21 @@ class Settings:
         """The encoder for a data set, with fresh weights."""
         return call(self.encoder, "encoder", data.event_shape, self.features)
 
+    def build_family(self, part: Part) -> Callable:
+        """The family that a part names, to be called as ``family(features, context)``."""
+        if self.model is None:  # else its sites say what the family is called with
+            with torch.random.fork_rng(devices=[]):
+                built = call(part, "family", self.latent, self.features)
+                _check_gives(part, "family", built, torch.zeros(2, self.features))
+        return partial_of(part, "family", 2)
+
 
 def _check_gives(part: Part, role: str, built: Any, *given: torch.Tensor) -> None:
-    """See that a prior or a likelihood that is none of pyrogen's gives a distribution."""
+    """See that a part that is none of pyrogen's gives a distribution."""
     if part.name in names(role):
         return
-    try:
-        with torch.random.fork_rng(devices=[]), rehearsal(built):
-            made = built(*given)
-    except (TypeError, RuntimeError) as error:
-        raise misplaced(part, role, f"can't be called: {error}").with_traceback(error.__traceback__) from error
+    with torch.random.fork_rng(devices=[]), rehearsal(built), in_role(part, role, "can't be called"):
+        made = built(*given)
     if not isinstance(made, torch.distributions.Distribution):
         raise misplaced(part, role, f"gives a {type(made).__name__}, not a distribution")
 
@@ -240,20 +245,6 @@ def build_objective(part: Part) -> Objective:
     if not isinstance(objective, Objective):
         raise ValueError(f"the objective {part!r} is a {type(objective).__name__}; expected one such as ELBO or IWAE")
     return objective
-
-
-def build_family(part: Part) -> Callable:
-    """The family that a part names, to be called as ``family(features, context)``."""
-    family = partial_of(part, "family", 2)
-    if part.name not in names("family"):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                family(2, 3)(torch.zeros(4, 3))
-        except RuntimeError as error:
-            raise misplaced(part, "family", f"can't be called: {error}").with_traceback(error.__traceback__) from error
-        except (TypeError, ValueError):  # of which the guide speaks
-            pass
-    return family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +303,7 @@ class CompareSettings(Settings):
         """
         pairs: dict[str, tuple[Callable | None, Objective]] = {}
         for part in self.guides:
-            family = build_family(part)
+            family = self.build_family(part)
             for objective in self.objectives or self._default_objectives(family):
                 built = build_objective(objective)
                 name = f"{part!r} {objective!r}" if built.uses_guide else repr(objective)

@@ -147,7 +147,8 @@ class Training:
         self.best_weights: dict[str, Tensor] = {}
         self.since_best = 0
         self.configuration: str | None = None
-        self.replaces, self.unlogged = False, list[tuple[dict[str, Any], int]]()
+        self.replaces = False  # an earlier run in the folder, at the first checkpoint
+        self.unlogged: list[tuple[dict[str, Any], int]] = []
 
     @property
     def out_of_patience(self) -> bool:

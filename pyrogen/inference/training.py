@@ -16,13 +16,7 @@ from torch.utils.data import Dataset
 from pyrogen.arguments import check_are
 from pyrogen.data import Data
 from pyrogen.inference.batches import Batches, training_and_validation
-from pyrogen.inference.checks import (
-    check_objects,
-    check_programs,
-    check_values,
-    check_weights,
-    first_parameter,
-)
+from pyrogen.inference.checks import check_objects, check_programs, check_values, check_weights, first_parameter
 from pyrogen.inference.folders import held, prepare_folder
 from pyrogen.inference.loop import Training
 from pyrogen.inference.objectives import Objective
