@@ -619,6 +619,11 @@ def test_compare_takes_a_program_of_the_users_own(programs, tmp_path):
         (["fit", "--decoder", "MLP", "--decoder.activation", "torch.nn.Linear"], "--decoder MLP(activation=torch.nn.L"),
         (["fit", "--likelihood", "torch.nn.ReLU"], "--likelihood ReLU gives a Tensor, not a distribution; expected"),
         (["fit", "--likelihood", "torch.nn.Sequential"], "--likelihood Sequential gives a Tensor"),
+        (["fit", "--likelihood", "torch.nn.Softmax"], "--likelihood Softmax can't be built: dim must be"),
+        (["fit", "--likelihood", "torch.nn.Linear"], "--likelihood Linear can't be built: Linear.__init__() missing"),
+        (["fit", "--likelihood", "torch.nn.ReLU", "--objective", "GAN"], "--likelihood ReLU gives a Tensor, not a dis"),
+        (["fit", "--family", "torch.nn.MultiheadAttention"], "--family MultiheadAttention can't be built: "),
+        (["compare", "--guides", "torch.nn.Linear"], "--family Linear can't be called: "),
         (["fit", "--family", "torch.nn.Linear"], "is called as family(features, context) and gives a module"),
         (["fit", "--prior", "torch.nn.ReLU"], "--prior ReLU can't be called: ReLU.forward() missing 1 required"),
         (["fit", "--config", "none.yaml"], "none.yaml"),
@@ -709,6 +714,99 @@ def test_a_path_that_is_too_long(arguments, tmp_path, capsys):
     said = one_line(capsys)
     assert re.search(r"(--out|the run's folder)\)?: 'xxx.*', of 300 characters, is too long a name or path", said)
     assert len(said) < 200 and not [*tmp_path.iterdir()]
+
+
+UNUSUAL = '''
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+
+class DirichletPrior(nn.Module):
+    def __init__(self, latent):
+        super().__init__()
+        self.latent, self.log_concentration = latent, nn.Parameter(torch.zeros(latent))
+
+    def forward(self, context=None):
+        return dist.Dirichlet(self.log_concentration.exp())
+
+
+class Topics(nn.Module):
+    """Of shares of topics; zeros are none."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder, self.topics = decoder, nn.Parameter(torch.randn(8, 64))
+
+    def forward(self, z):
+        shares = z / z.sum(-1, keepdim=True)
+        return dist.Bernoulli((shares @ self.topics.softmax(-1)).reshape(*z.shape[:-1], 1, 8, 8)).to_event(3)
+
+
+class Projected(nn.Module):
+    """Of a context that is not zero, and 32 wide."""
+
+    def __init__(self, features, context):
+        super().__init__()
+        self.features, self.context, self.linear = features, context, nn.Linear(32, features)
+
+    def forward(self, context):
+        return dist.Normal(self.linear(context / context.norm(dim=-1, keepdim=True)), 1.0).to_event(1)
+
+
+class Encoder32(nn.Module):
+    def __init__(self, event_shape, features, hidden=()):
+        super().__init__()
+        self.event_shape, self.features, self.hidden, self.linear = event_shape, features, hidden, nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.linear(x.flatten(-3))
+
+
+class Odd(nn.Module):
+    """Of as many features as the Dirichlet's simplex has dimensions, which are fewer than its values."""
+
+    def __init__(self, features, context):
+        super().__init__()
+        assert features == 7
+        self.features, self.context, self.linear = features, context, nn.Linear(context, 7)
+
+    def forward(self, context):
+        return dist.Normal(self.linear(context), 1.0).to_event(1)
+
+
+class Broken(nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, z):
+        return self.nothing(z)
+'''
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prior", "pyrogen.distributions.Vamp", "--prior.components", "5"],
+        ["--prior", "unusual.py:DirichletPrior", "--likelihood", "unusual.py:Topics"],
+        ["--prior", "unusual.py:DirichletPrior", "--family", "unusual.py:Odd"],
+        ["--family", "unusual.py:Projected", "--encoder", "unusual.py:Encoder32"],
+    ],
+)
+def test_parts_that_fit_each_other_need_not_fit_what_is_usual(arguments, tmp_path):
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    assert main(["fit", *SMALL, "--latent", "8", *arguments, "--out", "fitted"]) == 0
+    assert len(loaded("fitted", trust=True).history) > 0
+
+
+def test_an_error_of_a_part_is_shown_where_it_came_up(tmp_path, capsys):
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    assert main(["fit", *SMALL, "--likelihood", "unusual.py:Broken", "--out", "fitted"]) != 0
+    error = capsys.readouterr().err
+    assert "--likelihood Broken can't be called: 'Broken' object has no attribute 'nothing'" in error
+    assert "return self.nothing(z)" in error and not Path("fitted").exists()
 
 
 def test_fits_and_comparisons_do_not_take_the_place_of_each_other(run, comparison, capsys):

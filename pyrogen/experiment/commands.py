@@ -30,7 +30,7 @@ from pyrogen.experiment.collection import EVALUATIONS, Fitted, collect, read_eva
 from pyrogen.experiment.comparison import compare
 from pyrogen.experiment.figures import are_images
 from pyrogen.experiment.judging import compared_in
-from pyrogen.experiment.parts import Part
+from pyrogen.experiment.parts import Part, partial_of
 from pyrogen.experiment.programs import amortized_guide
 from pyrogen.experiment.report import REPORT, write_report
 from pyrogen.experiment.settings import CompareSettings, FitSettings, build_objective, chosen_parts
@@ -39,6 +39,7 @@ from pyrogen.experiment.workers import check_workers
 from pyrogen.inference import OutputExistsError, Run, WriteError, fit, load
 from pyrogen.inference.batches import training_and_validation
 from pyrogen.inference.checkpoints import atomically
+from pyrogen.inference.checks import check_programs
 from pyrogen.inference.folders import COMPARISON, SETTINGS, check_length, contents, is_run, locked
 from pyrogen.inference.parallel import Processes, connect
 
@@ -244,12 +245,14 @@ def run_fit(settings: FitSettings, output: FitOutputSettings) -> tuple[Run, Path
         torch.default_generator.manual_seed(settings.seed)
         model, guide = settings.build_model(data), None
         objective = build_objective(settings.objective)
-        if objective.uses_guide:
-            example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
-            encoder, family = settings.build_encoder(data), settings.build_family(settings.family)
-            guide = amortized_guide(model, encoder, family, example)
-        elif settings.family != Part("Normal"):
+        if not objective.uses_guide and settings.family != Part("Normal"):
             raise ValueError(f"{objective!r} uses no guide, so the family {settings.family!r} has no place in it")
+        example = training_and_validation(data, settings.batch_size, settings.seed)[0].first()
+        with settings.naming_parts(model, settings.family):
+            if objective.uses_guide:
+                encoder, family = settings.build_encoder(data), partial_of(settings.family, "family", 2)
+                guide = amortized_guide(model, encoder, family, example)
+            check_programs(model, guide, *example, guided=objective.uses_guide)
         describe([model, guide])  # so that what can't be loaded again is refused before time is spent on it
         run = fit(
             model,
@@ -277,23 +280,24 @@ def run_compare(settings: CompareSettings, output: OutputSettings) -> tuple[Comp
         model = settings.build_model(data)
         encoder = settings.build_encoder(data)
         describe([model, encoder, *guides.values()])  # as in run_fit
-        table = compare(
-            model,
-            guides,
-            encoder=lambda: settings.build_encoder(data),
-            data=data,
-            test=data.test[: settings.test_rows],
-            parts=chosen_parts(settings.parts),
-            particles=settings.particles,
-            skip_unserved=True,
-            out=folder,
-            resume=output.resume,
-            overwrite=output.overwrite,
-            progress=output.progress,
-            configuration=settings.plain(),
-            workers=workers,
-            **settings.training(),
-        )
+        with settings.naming_parts(model, *settings.guides):
+            table = compare(
+                model,
+                guides,
+                encoder=lambda: settings.build_encoder(data),
+                data=data,
+                test=data.test[: settings.test_rows],
+                parts=chosen_parts(settings.parts),
+                particles=settings.particles,
+                skip_unserved=True,
+                out=folder,
+                resume=output.resume,
+                overwrite=output.overwrite,
+                progress=output.progress,
+                configuration=settings.plain(),
+                workers=workers,
+                **settings.training(),
+            )
     return table, folder
 
 

@@ -36,10 +36,20 @@ from pyrogen.experiment.table import Comparison, printable, row_of, slug
 from pyrogen.experiment.workers import Job, Outcome, Workers, check_workers, open_pool, perform_all
 from pyrogen.inference import CriticOptions, FitOptions, NonFiniteLoss, Objective, Run
 from pyrogen.inference.batches import Batches, check_data, training_and_validation
-from pyrogen.inference.checkpoints import atomically, leftovers
+from pyrogen.inference.checkpoints import atomically, check_writable, leftovers
 from pyrogen.inference.checks import check_programs, check_values, first_parameter
 from pyrogen.inference.critic_objective import CriticObjective
-from pyrogen.inference.folders import COMPARISON, clear_folder, contents, held, prepare_folder
+from pyrogen.inference.folders import (
+    COMPARISON,
+    LOCK,
+    OutputExistsError,
+    check_length,
+    clear_folder,
+    contents,
+    held,
+    locked,
+    prepare_folder,
+)
 from pyrogen.inference.parallel import environment
 from pyrogen.inference.turns import seeded
 
@@ -475,8 +485,19 @@ def _check_same(folder: Path, values: Mapping[str, Any]) -> None:
 def _begin(
     folder: Path, fits: list[PreparedFit], configuration: Mapping[str, Any], *, resume: bool, clear: bool
 ) -> None:
-    """Replace an earlier comparison, now that nothing can refuse this one, or go on with it; write ``compare.yaml``."""
+    """Replace an earlier comparison, once nothing can refuse this one, or go on with it; write ``compare.yaml``."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("pyrogen", "pyro-ppl", "torch"))
+    text = f"# Written by {versions}\n{yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)}"
+    for each in fits:
+        place = check_length(folder / each.slug, f"the guide's name {each.name!r}")
+        if (place.exists() and not place.is_dir()) or (clear and place.is_symlink()):
+            what = "a link" if place.is_symlink() else "a file"
+            raise OutputExistsError(f"{place} is {what}; remove it, or give the guide {each.name!r} another name")
     if clear:
+        for lock in folder.glob(f"*/{LOCK}"):
+            with locked(lock.parent):
+                pass
+        check_writable(folder, text)
         clear_folder(folder, keep=[COMPARISON])  # which is replaced below
     gone = [path for place in (folder, folder / "figures") for path in leftovers(place)]
     for path in (*gone, *(folder / each.slug / ERROR for each in fits)):
@@ -484,7 +505,5 @@ def _begin(
     path = folder / COMPARISON
     if resume and path.is_file():
         return
-    versions = ", ".join(f"{name} {version(name)}" for name in ("pyrogen", "pyro-ppl", "torch"))
     with atomically(path) as temporary:
-        text = yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True)
-        temporary.write_text(f"# Written by {versions}\n{text}", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

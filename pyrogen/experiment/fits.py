@@ -16,7 +16,7 @@ from pyrogen.evaluation import evaluate
 from pyrogen.experiment.table import row_of, steps_of
 from pyrogen.inference import AmortizedGuide, FitOptions, NonFiniteLoss, Objective, Run, fit, load
 from pyrogen.inference.fingerprints import fingerprint
-from pyrogen.inference.folders import HISTORY, contents
+from pyrogen.inference.folders import HISTORY, contents, of_a_comparison
 from pyrogen.inference.parallel import alone
 from pyrogen.inference.run import as_yaml, write_text
 
@@ -73,7 +73,7 @@ def fitted(
 def _train(each: PreparedFit, common: Common, folder: Path | None, resume: bool, trained: Callable[[int], None]) -> Run:
     options = common.options
     # The seed also stands for parameters that a plain function makes only when it first runs.
-    with torch.random.fork_rng(devices=[]):  # a fit sees to those of its device itself
+    with torch.random.fork_rng(devices=[]), of_a_comparison():  # a fit sees to the states of its device itself
         torch.default_generator.manual_seed(options.seed)
         try:
             return fit(

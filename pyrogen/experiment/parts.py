@@ -18,13 +18,17 @@ from jsonargparse import ArgumentError, ArgumentParser
 from pyrogen import distributions, inference, models, networks
 from pyrogen.configuration import import_object
 
-__all__ = ["ROLES", "Part", "call", "describe_part", "in_role", "misplaced", "names", "resolve"]
+__all__ = ["ODD", "ROLES", "Part", "call", "describe_part", "in_role", "misplaced", "names", "resolve"]
 
 ROLES = ("model", "prior", "likelihood", "encoder", "decoder", "family", "objective")
 
 
 BUILDERS = {"ratio": 1, "visible_ratio": 1, "critic": 2}
 """Options of objectives that are called for what they are to be, with so many arguments."""
+
+
+ODD = (TypeError, RuntimeError, AttributeError, LookupError, AssertionError)
+"""Errors of code that was made for something else."""
 
 
 _ASKED = {
@@ -188,7 +192,7 @@ def in_role(part: Part, role: str, why: str) -> Iterator[None]:
     """Within, errors of what was made for something else are said to be the part's, and why."""
     try:
         yield
-    except (TypeError, RuntimeError) as error:
+    except ODD as error:
         raise misplaced(part, role, f"{why}: {error}").with_traceback(error.__traceback__) from error
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from pyrogen.data import Data
 from pyrogen.distributions import Bernoulli, ContinuousBernoulli, NormalLikelihood, QuantizedNormal
 from pyrogen.distributions.implicit import is_implicit
 from pyrogen.evaluation.parts import DEFAULT, known_parts
-from pyrogen.experiment.parts import Part, call, in_role, misplaced, names, partial_of, resolve
+from pyrogen.experiment.parts import ODD, Part, call, in_role, misplaced, names, partial_of, resolve
 from pyrogen.inference import CriticOptions, Objective
 from pyrogen.inference.programs import rehearsal
 from pyrogen.models import LatentVariableModel
@@ -169,7 +169,6 @@ class Settings:
         if self.model is None:
             part = self.prior or Part("StandardNormal")
             prior = call(part, "prior", self.latent, inputs=data.event_shape)
-            _check_gives(part, "prior", prior)
             return LatentVariableModel(prior, self.build_likelihood(data))
         program = resolve(self.model, "model")
         if isinstance(program, type):
@@ -188,28 +187,38 @@ class Settings:
         arguments: dict[str, Any] = getattr(likelihood, "keywords", {})
         shape_of = getattr(getattr(likelihood, "func", likelihood), "decoder_shape", None)
         shape = data.event_shape if shape_of is None else shape_of(data.event_shape, **arguments)
-        built = likelihood(call(self.decoder or Part("MLP"), "decoder", self.latent, shape))
-        _check_gives(part, "likelihood", built, torch.zeros(2, self.latent))
-        return built
+        decoder = call(self.decoder or Part("MLP"), "decoder", self.latent, shape)
+        with in_role(part, "likelihood", "can't be built"):
+            return likelihood(decoder)
 
     def build_encoder(self, data: Data) -> nn.Module:
         """The encoder for a data set, with fresh weights."""
         return call(self.encoder, "encoder", data.event_shape, self.features)
 
-    def build_family(self, part: Part) -> Callable:
-        """The family that a part names, to be called as ``family(features, context)``."""
-        if self.model is None:  # else its sites say what the family is called with
-            with torch.random.fork_rng(devices=[]):
-                built = call(part, "family", self.latent, self.features)
-                _check_gives(part, "family", built, torch.zeros(2, self.features))
-        return partial_of(part, "family", 2)
+    @contextmanager
+    def naming_parts(self, model: Callable, *families: Part) -> Iterator[None]:
+        """Within, an error that comes of a part that can't have its role names that part.
+
+        Parts are tried after an error only: what they take, apart from the programs, can't be known.
+        """
+        try:
+            yield
+        except ODD:
+            if isinstance(model, LatentVariableModel) and self.model is None:
+                with torch.random.fork_rng(devices=[]):
+                    _check_gives(self.prior, "prior", model.prior)
+                    _check_gives(self.likelihood, "likelihood", model.likelihood, model.prior().sample((2,)))
+                    for part in families:
+                        built = call(part, "family", self.latent, self.features)
+                        _check_gives(part, "family", built, torch.randn(2, self.features))
+            raise
 
 
-def _check_gives(part: Part, role: str, built: Any, *given: torch.Tensor) -> None:
+def _check_gives(part: Part | None, role: str, built: Any, *given: torch.Tensor) -> None:
     """See that a part that is none of pyrogen's gives a distribution."""
-    if part.name in names(role):
+    if part is None or resolve(part, role) in names(role).values():
         return
-    with torch.random.fork_rng(devices=[]), rehearsal(built), in_role(part, role, "can't be called"):
+    with rehearsal(built), in_role(part, role, "can't be called"):
         made = built(*given)
     if not isinstance(made, torch.distributions.Distribution):
         raise misplaced(part, role, f"gives a {type(made).__name__}, not a distribution")
@@ -303,7 +312,7 @@ class CompareSettings(Settings):
         """
         pairs: dict[str, tuple[Callable | None, Objective]] = {}
         for part in self.guides:
-            family = self.build_family(part)
+            family = partial_of(part, "family", 2)
             for objective in self.objectives or self._default_objectives(family):
                 built = build_objective(objective)
                 name = f"{part!r} {objective!r}" if built.uses_guide else repr(objective)
@@ -315,6 +324,8 @@ class CompareSettings(Settings):
         return pairs
 
     def _default_objectives(self, family: Callable) -> list[Part]:
-        with torch.random.fork_rng(devices=[]):
-            example = family(self.latent, self.features)(torch.zeros(1, self.features))
-        return [Part("AVB")] if is_implicit(example) else [Part("ELBO"), Part("IWAE")]
+        implicit = False
+        # Where the model's sites are of other sizes: what is wrong with it, if anything, shows at the guide.
+        with torch.random.fork_rng(devices=[]), suppress(*ODD, ValueError):
+            implicit = is_implicit(family(self.latent, self.features)(torch.zeros(1, self.features)))
+        return [Part("AVB")] if implicit else [Part("ELBO"), Part("IWAE")]

@@ -1,5 +1,6 @@
 """What is checked once before any training starts: that model, guide and data fit each other."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrogen.arguments import shown
 from pyrogen.inference.batches import CHUNK, Batches, check_finite
 from pyrogen.inference.programs import (
     Site,
@@ -45,7 +47,7 @@ def check_programs(model: Callable, guide: Callable | None, *batch: Tensor, guid
             site, or with a guide whose sites are missing, extra, or of another shape or support than the model's.
     """
     model_trace = prototype(model, *batch)
-    _check_data_plate(model_trace, len(batch[0]))
+    _check_model(model_trace, len(batch[0]))
     latents = latent_sites(model_trace)
     if guide is None:
         if latents and guided:
@@ -77,8 +79,10 @@ def check_objects(**given: Any) -> None:
     """Raise a ``TypeError`` for a class where an object of it is meant, by its name."""
     for name, value in given.items():
         if isinstance(value, type):
-            parameters = inspect.signature(value).parameters.values()
-            needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+            needed: list[str] = []
+            with contextlib.suppress(ValueError):  # of what is built in
+                parameters = inspect.signature(value).parameters.values()
+                needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
             raise TypeError(
                 f"{name} is the class {value.__name__}; give an object of it, as {value.__name__}({', '.join(needed)})"
             )
@@ -95,7 +99,13 @@ def check_weights(*programs: Callable | None) -> None:
         )
 
 
-def _check_data_plate(trace: poutine.Trace, rows: int) -> None:
+def _check_model(trace: poutine.Trace, rows: int) -> None:
+    """See that sites have distributions, and that there is a ``"data"`` plate of as many rows."""
+    for name, node in sample_sites(trace).items():
+        if not isinstance(node["fn"], dist.Distribution):
+            raise TypeError(
+                f"site '{name}' has {shown(node['fn'])}; expected a distribution, such as pyro.distributions.Normal"
+            )
     frames = [frame for node in sample_sites(trace).values() if (frame := data_frame(node)) is not None]
     if not frames:
         raise ValueError(
@@ -192,7 +202,7 @@ def check_values(model: Callable, batches: Batches) -> None:
         batches = dataclasses.replace(batches, dtype=home.dtype)
     batch = tuple(x.to(device) for x in batches.first())
     trace = prototype(model, *batch)
-    _check_data_plate(trace, len(batch[0]))
+    _check_model(trace, len(batch[0]))
     sites = observed_sites(trace)
     for name, node in sites.items():
         expected, came = tuple(node["fn"].shape()), tuple(node["value"].shape)

@@ -8,8 +8,9 @@ import random
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,18 @@ def _functions_of(value: Any) -> list[Any]:
 
 
 def _referred_to(function: Any) -> list[Any]:
-    with contextlib.suppress(ValueError):  # something that it refers to is not there yet
-        variables = inspect.getclosurevars(function)
-        values = [*variables.globals.values(), *variables.nonlocals.values()]
-        ours = [each for each in values if inspect.isclass(each) or inspect.isfunction(each)]
-        return [each for each in ours if each.__module__ == function.__module__]
-    return []
+    values = [function.__globals__.get(name) for name in _names_in(function.__code__)]
+    values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # what it refers to is not there yet
+            values.append(cell.cell_contents)
+    ours = [each for each in values if inspect.isclass(each) or inspect.isfunction(each)]
+    return [each for each in ours if each.__module__ == function.__module__]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names in a function's code, and in what is defined within, as comprehensions are."""
+    yield from code.co_names
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names_in(part)

@@ -5,6 +5,7 @@ import errno
 import os
 import platform
 from collections.abc import Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,6 +28,7 @@ __all__ = [
     "held",
     "is_run",
     "locked",
+    "of_a_comparison",
     "prepare_folder",
 ]
 
@@ -53,6 +55,9 @@ _OF_A_COMPARISON = (
 """All that is written into the folders of fits and comparisons; that by which one is known goes last."""
 
 
+_of_a_comparison: ContextVar[bool] = ContextVar("of_a_comparison", default=False)
+
+
 class OutputExistsError(FileExistsError, ValueError):
     """An output folder that holds something and was not to be overwritten, or that another process writes."""
 
@@ -61,11 +66,13 @@ def check_length(path: str | Path, name: str) -> Path:
     """A path of a file or a folder, once it is seen to be one that the file system takes, and for files in it too.
 
     Raises:
-        ValueError: If it is too long, by the name of the argument.
+        ValueError: If it is none, or too long, by the name of the argument.
     """
     path = Path(path)
     try:
         os.lstat(path / f".{CHECKPOINT}-{'0' * 16}")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: {str(path)!r} holds characters that no name of a file can have") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise ValueError(
@@ -85,8 +92,8 @@ def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False, co
 
     Raises:
         OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, if what it
-            holds was left by no run, or by a comparison where a fit shall go, or the other way round; or if another
-            process writes there.
+            holds was left by no run, or by a comparison where a fit shall go, or the other way round; if it lies in a
+            comparison and is for none of its fits; or if another process writes there.
         ValueError: If the path is too long.
         WriteError: If the user may not write there.
     """
@@ -110,8 +117,12 @@ def _check_contents(folder: Path, *, overwrite: bool, resume: bool, comparison: 
         raise OutputExistsError(f"{folder} holds a comparison, not a fit; give another folder (out=, --out)")
     if is_run(folder) and comparison and not compared:
         raise OutputExistsError(f"{folder} holds a fit, not a comparison; give another folder (out=, --out)")
+    if (folder.parent / COMPARISON).is_file() and not _of_a_comparison.get():
+        raise OutputExistsError(
+            f"{folder} lies in a comparison, which is for its own fits alone; give a folder elsewhere (out=, --out)"
+        )
     # Of a comparison's fit that was cleared, what the user has put there is left.
-    if not there or ((folder.parent / COMPARISON).is_file() and not [*_own(folder)]):
+    if not there or (_of_a_comparison.get() and not [*_own(folder)]):
         return
     if not (overwrite or resume):
         raise OutputExistsError(
@@ -123,6 +134,16 @@ def _check_contents(folder: Path, *, overwrite: bool, resume: bool, comparison: 
             f"{folder} holds no run of pyrogen's, so nothing in it is resumed or overwritten; empty it yourself, or "
             "give another folder"
         )
+
+
+@contextlib.contextmanager
+def of_a_comparison() -> Iterator[None]:
+    """Within, what is written to a folder is a comparison's fit."""
+    token = _of_a_comparison.set(True)
+    try:
+        yield
+    finally:
+        _of_a_comparison.reset(token)
 
 
 def contents(folder: Path) -> list[Path]:

@@ -188,7 +188,8 @@ class Training:
                 if resume and (self.folder / CHECKPOINT).exists():
                     read = read_checkpoint(self, self.folder / CHECKPOINT, anyway=resume == "anyway")
                 elif overwrite:
-                    self.replaces = (self.folder / WEIGHTS).exists()  # which stays until there is another to load
+                    # Which stays until there is another to load.
+                    self.replaces = any((self.folder / name).exists() for name in (WEIGHTS, CHECKPOINT))
                     if not self.replaces:
                         clear_folder(self.folder)
                 elif (self.folder / WEIGHTS).exists():
@@ -387,7 +388,8 @@ class Training:
             raise self._all_skipped()
 
     def _all_skipped(self) -> NonFiniteLoss:
-        what = f"loss or gradients of {self.in_a_row} steps one after the other are not finite, the last"
+        steps = "a step" if self.in_a_row == 1 else f"{self.in_a_row} steps one after the other"
+        what = f"loss or gradients of {steps} are not finite, the last"
         return NonFiniteLoss(explained(self, what, None, self.step - 1))
 
     def _tried(self, compute: Callable[[], T]) -> T | None:

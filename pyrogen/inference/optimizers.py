@@ -32,6 +32,11 @@ def optimizer_of(parameters: list[nn.Parameter], options: FitOptions, device: to
     """The optimizer of the programs' parameters."""
     if options.optimizer is not None:
         optimizer = options.optimizer(parameters, lr=options.learning_rate)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer gives a {type(optimizer).__name__}; expected what gives a torch.optim.Optimizer when "
+                "called as optimizer(parameters, lr=...), such as torch.optim.Adam"
+            )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(

@@ -104,6 +104,9 @@ def read_checkpoint(training: "Training", path: Path, *, anyway: bool) -> tuple[
     try:
         if format_of(values, path, default=1) == 1:
             values, here = checkpoint_of_1(values), _identity_of_1(training)
+        if "source" in here:  # of what was not recorded then, what refers to it was
+            recorded = values["identity"]["source"]
+            here = here | {"source": {name: value for name, value in here["source"].items() if name in recorded}}
         identities = without_moves(values["identity"], here)
         found = [*differences(*identities), *_of_another_training(path.parent / WEIGHTS, values)]
         if values["step"] > training.total:

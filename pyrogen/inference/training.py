@@ -124,9 +124,10 @@ def fit(
             ``torch.set_float32_matmul_precision``: ``"high"`` uses TF32 where a GPU has it.
         non_finite: What to do at a step whose loss or gradients are NaN or infinite: ``"stop"`` with an error that
             names the site where that began, or ``"skip"`` the step and give buffers back what they held; the history
-            counts them in ``skipped``. So many one after the other stop: 100; those of a whole epoch, if at least 10;
-            or the last 10 of the fit, or half of a shorter one, for its weights are then of no use. Gradients are then
-            looked at in every step, which costs about 2 % of it, and more on a GPU, which is waited for.
+            counts them in ``skipped``. So many one after the other stop: 100; at the end of an epoch as many as it has
+            steps, and at least 10; at the end of the fit 10, or half of a shorter one, for its weights are then of no
+            use. Gradients are then looked at in every step, which costs about 2 % of it, and more on a GPU, which is
+            waited for.
         configuration: Plain values that ``fit.yaml`` in ``out`` shall hold, such as the settings of the command; not
             without ``out``.
 

@@ -509,6 +509,25 @@ def test_what_methods_of_any_kind_refer_to_counts(tmp_path):
         assert "helper" in source_of([import_object(f"{path}:Net", trust=True)()]), kind
 
 
+@pytest.mark.parametrize(
+    ("default", "use"),
+    [("0", "[helper() for _ in range(2)]"), ("0", "(lambda: [helper() for _ in range(2)])()"), ("helper", "f()")],
+)
+def test_what_is_referred_to_within_a_comprehension_or_as_a_default_counts(default, use, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\ndef helper():\n    return 1\n\nclass Net(torch.nn.Module):\n"
+        f"    def forward(self, f={default}):\n        return {use}\n"
+    )
+    assert source_of([import_object(f"{tmp_path / 'net.py'}:Net", trust=True)()]).keys() == {"Net", "helper"}
+
+
+def test_what_an_earlier_version_did_not_record_is_no_difference(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("pyrogen.inference.run.source_of", lambda parts: {"Shifted": source_of(parts)["Shifted"]})
+        assert own(tmp_path / "run").source.keys() == {"Shifted"}
+    assert len(own(tmp_path / "run", epochs=2, resume=True).history) == 2
+
+
 def test_a_hash_of_source_is_the_same_in_every_version_of_python(monkeypatch):
     """Hashes taken with 3.11; later ones add fields to the tree and write quotes in f-strings anew."""
     known = {"Spelled": "f9768ce670770a75"}

@@ -28,7 +28,7 @@ from pyrogen.experiment import commands
 from pyrogen.inference import ELBO, AmortizedGuide, NonFiniteLoss, OutputExistsError, checkpoints, events, fit
 from pyrogen.inference.checkpoints import WriteError, write_tensors
 from pyrogen.inference.events import Events
-from pyrogen.inference.folders import clear_folder, held
+from pyrogen.inference.folders import clear_folder, held, locked
 from pyrogen.inference.run import write_run
 from pyrogen.models import LatentVariableModel
 from pyrogen.networks import MLP
@@ -355,6 +355,51 @@ def test_fits_and_comparisons_do_not_take_the_place_of_each_other(given, two, tm
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["a", "other", "notes"])
+@pytest.mark.parametrize("given", [{}, {"overwrite": True}], ids=str)
+def test_a_comparison_is_for_its_own_fits(place, given, two, tmp_path):
+    folder = tmp_path / "compared"
+    compared(folder, names=("a",))
+    with_mine(folder, "notes/mine.txt")
+    before = contents(tmp_path)
+    for act in (
+        lambda: fitted(folder / place, **given),
+        lambda: pg.save(two[1], folder / place, **given),
+        lambda: compared(folder / place, **given),
+    ):
+        with pytest.raises(OutputExistsError, match=r"lies in a comparison|holds a fit"):
+            act()
+    assert contents(tmp_path) == before
+
+
+def test_nothing_of_a_comparison_goes_before_the_next_can_begin(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    folder, elsewhere = tmp_path / "compared", tmp_path / "elsewhere"
+    compared(folder, names=("a",))
+    (folder / "notes").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"the guide's name 'xxx.* is too long a name or path"):
+        compared(folder, names=("a", "x" * 300), overwrite=True)
+    with pytest.raises(OutputExistsError, match="notes is a file; remove it, or give the guide 'notes' another name"):
+        compared(folder, names=("a", "notes"), overwrite=True)
+    with locked(folder / "a"), pytest.raises(OutputExistsError, match="a is being written by another"):
+        compared(folder, names=("a",), overwrite=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with pytest.raises(WriteError, match="File too large"):
+            compared(folder, names=("a",), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path) == before
+    (folder / "a").rename(elsewhere)
+    (folder / "a").symlink_to(elsewhere)
+    with pytest.raises(OutputExistsError, match="a is a link; remove it"):
+        compared(folder, names=("a",), overwrite=True)
+    assert len(pg.load(elsewhere).history) == 1
+    assert compared(folder, names=("a",), resume=True).failed == {}
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "/".join(["x" * 99] * 50)], ids=["name", "path"])
 def test_a_path_that_is_too_long_is_named_before_training(path, two, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -368,6 +413,8 @@ def test_a_path_that_is_too_long_is_named_before_training(path, two, tmp_path, m
     ):
         with pytest.raises(ValueError, match=f"^{name}: {said}$"):
             act()
+    with pytest.raises(ValueError, match=r"^out \(--out\): .* holds characters that no name of a file can have"):
+        fitted("\udc00", **never)
     assert not [*tmp_path.iterdir()]
 
 

@@ -189,6 +189,16 @@ def test_programs_that_do_not_fit_are_refused_before_training(model, other, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_a_site_without_a_distribution_is_named():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", torch.zeros(len(x), 3), obs=x)
+
+    with pytest.raises(TypeError, match=r"site 'x' has a tensor.*; expected a distribution, such as pyro"):
+        check_programs(model, guide(), X)
+
+
 @pytest.mark.parametrize("other", [guide(), auxiliary, guide(dist.Delta(torch.ones(2), event_dim=1))])
 def test_programs_that_fit_pass(other):
     check_programs(program(), other, X)

@@ -816,6 +816,7 @@ def test_patience_needs_validation_data_and_an_objective_must_be_ours(digits):
         (LatentVariableModel, guide, ELBO(), r"model is the class .* as LatentVariableModel\(prior, likelihood\)"),
         (model, AmortizedGuide, ELBO(), r"guide is the class .* give an object of it, as AmortizedGuide\(model, enc"),
         (model, guide, ELBO, r"objective is the class ELBO; give an object of it, as ELBO\(\)"),
+        (dict, guide, ELBO(), "model is the class dict; give an object of it"),
     )
     for one, other, objective, expected in wrong:
         with pytest.raises(TypeError, match=expected):
@@ -824,6 +825,8 @@ def test_patience_needs_validation_data_and_an_objective_must_be_ours(digits):
         pg.evaluation.log_likelihood(model, AmortizedGuide, digits.test)
     with pytest.raises(ValueError, match=r"optimizer LBFGS needs a closure, .* such as torch\.optim\.Adam"):
         short_fit(digits, optimizer=torch.optim.LBFGS)
+    with pytest.raises(TypeError, match=r"optimizer gives a NoneType; .* such as torch\.optim\.Adam"):
+        short_fit(digits, optimizer=lambda parameters, lr: None)
     frozen = ProbabilisticPCA(2, 5).requires_grad_(False)
     with pytest.raises(ValueError, match="has a parameter to train"):
         fit(frozen, AmortizedGuide(frozen, nn.Identity()).requires_grad_(False), ELBO(), torch.randn(9, 5), epochs=1)
