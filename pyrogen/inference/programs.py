@@ -295,12 +295,13 @@ def trace_of(program: Callable, *batch: Tensor) -> poutine.Trace:
 
 def _not_finite(program: Callable, parameter: str, distribution: str) -> str:
     """What to say of a program that gives a distribution a parameter that is not finite."""
+    program = inspect.unwrap(program)  # of Pyro's handlers
     name = getattr(program, "__name__", type(program).__name__)
     weights = [p for module in modules_of(program) for p in module.parameters() if p.is_floating_point() and p.numel()]
     largest = max((p.detach().abs().max().item() for p in weights), default=None)
     known = "" if largest is None else f"; the largest of its weights is {largest:.3g}"
     return (
-        f"{name} gives the distribution {distribution} {parameter} that are not finite{known}. After a training that "
+        f"{name} gives the distribution {distribution} {parameter} that are not finite{known}. If a training has "
         "diverged, go back to an earlier checkpoint, or train again with a smaller learning_rate"
     )
 

@@ -130,6 +130,8 @@ def test_weights_that_are_huge_are_named_where_the_decoder_gives_nan(likelihood,
         with pytest.raises(ValueError, match=said) as raised:
             use()
         assert "tensor(" not in str(raised.value)
+    with pytest.raises(ValueError, match=rf"could not run on a stand-in batch .*: {said[1:]}"):
+        AmortizedGuide(model, MLP(pixels, 4))
 
 
 def two_sites(x):
