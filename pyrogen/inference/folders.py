@@ -93,7 +93,7 @@ def prepare_folder(out: str | Path, *, overwrite: bool, resume: bool = False, co
     Raises:
         OutputExistsError: If it holds something and neither ``overwrite`` nor ``resume`` was asked for, if what it
             holds was left by no run, or by a comparison where a fit shall go, or the other way round; if it lies in a
-            comparison and is for none of its fits; or if another process writes there.
+            comparison and is for none of its fits, nor to go on with one; or if another process writes there.
         ValueError: If the path is too long.
         WriteError: If the user may not write there.
     """
@@ -117,7 +117,8 @@ def _check_contents(folder: Path, *, overwrite: bool, resume: bool, comparison: 
         raise OutputExistsError(f"{folder} holds a comparison, not a fit; give another folder (out=, --out)")
     if is_run(folder) and comparison and not compared:
         raise OutputExistsError(f"{folder} holds a fit, not a comparison; give another folder (out=, --out)")
-    if (folder.parent / COMPARISON).is_file() and not _of_a_comparison.get():
+    goes_on = resume and is_run(folder)
+    if (folder.parent / COMPARISON).is_file() and not (_of_a_comparison.get() or goes_on):
         raise OutputExistsError(
             f"{folder} lies in a comparison, which is for its own fits alone; give a folder elsewhere (out=, --out)"
         )

@@ -355,8 +355,10 @@ def test_fits_and_comparisons_do_not_take_the_place_of_each_other(given, two, tm
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("place", ["a", "other", "notes"])
-@pytest.mark.parametrize("given", [{}, {"overwrite": True}], ids=str)
+@pytest.mark.parametrize(
+    ("place", "given"),
+    [("a", {}), ("a", {"overwrite": True}), ("other", {}), ("other", {"resume": True}), ("notes", {"overwrite": True})],
+)
 def test_a_comparison_is_for_its_own_fits(place, given, two, tmp_path):
     folder = tmp_path / "compared"
     compared(folder, names=("a",))
@@ -364,7 +366,7 @@ def test_a_comparison_is_for_its_own_fits(place, given, two, tmp_path):
     before = contents(tmp_path)
     for act in (
         lambda: fitted(folder / place, **given),
-        lambda: pg.save(two[1], folder / place, **given),
+        lambda: pg.save(two[1], folder / place, overwrite="overwrite" in given),
         lambda: compared(folder / place, **given),
     ):
         with pytest.raises(OutputExistsError, match=r"lies in a comparison|holds a fit"):
