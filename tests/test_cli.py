@@ -776,6 +776,25 @@ class Odd(nn.Module):
         return dist.Normal(self.linear(context), 1.0).to_event(1)
 
 
+decoder = nn.Linear(2, 64)
+
+
+def model(x):
+    pyro.module("decoder", decoder)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=decoder(z).reshape(-1, 1, 8, 8)).to_event(3), obs=x)
+
+
+class Two(Odd):
+    """As the site of that model, whatever --latent says."""
+
+    def __init__(self, features, context):
+        super().__init__(7, context)
+        assert features == 2
+        self.features, self.linear = features, nn.Linear(context, 2)
+
+
 class Broken(nn.Module):
     def __init__(self, decoder):
         super().__init__()
@@ -799,6 +818,14 @@ def test_parts_that_fit_each_other_need_not_fit_what_is_usual(arguments, tmp_pat
     (tmp_path / "unusual.py").write_text(UNUSUAL)
     assert main(["fit", *SMALL, "--latent", "8", *arguments, "--out", "fitted"]) == 0
     assert len(loaded("fitted", trust=True).history) > 0
+
+
+def test_a_family_for_a_model_of_other_sizes_is_compared(tmp_path):
+    (tmp_path / "unusual.py").write_text(UNUSUAL)
+    command = ["compare", "--model", "unusual.py:model", "--guides", "unusual.py:Two", "--parts", "likelihood"]
+    command += ["--epochs", "1", "--batch_size", "512", "--particles", "4", "--test_rows", "20", "--progress", "false"]
+    assert main([*command, "--out", "compared"]) == 0
+    assert [*pd.read_csv("compared/table.csv", index_col="guide").index] == ["Two ELBO", "Two IWAE"]
 
 
 def test_an_error_of_a_part_is_shown_where_it_came_up(tmp_path, capsys):

@@ -25,10 +25,10 @@ def read_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.Data
         ValueError: If a file is missing, damaged, of a later format or not of the run that the others are of.
     """
     path = folder / WEIGHTS
-    mend = f"{CHECKPOINT} beside it is whole: the same fit with resume=True (--resume) writes it again"
+    mend = "is whole: the same fit with resume=True (--resume) writes it again"
     if not path.is_file():
         if is_whole(folder / CHECKPOINT):
-            raise ValueError(f"{folder} has no {WEIGHTS}, but {mend.replace('beside it ', '')}")
+            raise ValueError(f"{folder} has no {WEIGHTS}, but {CHECKPOINT} {mend}")
         holds = "has" if (folder / SETTINGS).is_file() else "holds no run: there is"
         raise ValueError(f"{folder} {holds} no {WEIGHTS}; give the folder of a fit that has come to a checkpoint")
     before = path.stat()
@@ -37,7 +37,7 @@ def read_files(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.Data
     except ValueError as error:
         if not is_whole(folder / CHECKPOINT):
             raise
-        raise ValueError(f"{path} is damaged, but {mend}") from error
+        raise ValueError(f"{path} is damaged, but {CHECKPOINT} beside it {mend}") from error
     number = format_of(values, path)
     try:
         read = _text_of if number > 1 else _text_of_1

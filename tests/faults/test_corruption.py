@@ -407,6 +407,20 @@ def test_the_command_names_what_differs_and_goes_on_when_told(tmp_path, capsys):
     assert "give it with --resume" in capsys.readouterr().err
 
 
+def test_a_checkpoint_without_weights_is_pointed_to_and_outlives_an_overwrite_that_fails(folder):
+    def failing(run):
+        raise RuntimeError("a fault of my own")
+
+    (folder / "weights.safetensors").unlink()
+    checkpoint = (folder / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"no weights\.safetensors, but checkpoint\.safetensors is whole.*--resume"):
+        pg.load(folder)
+    with pytest.raises(RuntimeError, match="my own"):
+        fitted(folder, built=2, overwrite=True, checkpoint_every=9, callbacks=[failing])
+    assert (folder / "checkpoint.safetensors").read_bytes() == checkpoint
+    assert len(fitted(folder, epochs=3, resume=True).history) == len(pg.load(folder).history) == 3
+
+
 @pytest.mark.parametrize("resume", ["always", None, 2])
 def test_resume_is_one_of_three(resume, tmp_path):
     with pytest.raises(ValueError, match=r"resume .*'anyway'"):

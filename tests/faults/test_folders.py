@@ -374,7 +374,7 @@ def test_a_comparison_is_for_its_own_fits(place, given, two, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_nothing_of_a_comparison_goes_before_the_next_can_begin(tmp_path, monkeypatch):
+def test_nothing_of_a_comparison_goes_before_the_next_can_begin(tmp_path):
     resource = pytest.importorskip("resource")
     folder, elsewhere = tmp_path / "compared", tmp_path / "elsewhere"
     compared(folder, names=("a",))
