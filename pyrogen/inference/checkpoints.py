@@ -255,3 +255,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
         index, key = name.split(".", 1)
         entries.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # Files hold tensors row by row, and a fused step goes through memory.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -330,7 +330,8 @@ class Program(nn.Module):
             poutine.block(),
             evaluation_mode(function),
         ):
-            trace_of(function, *batch)
+            trace = trace_of(function, *batch)
+        self._store["params"] |= {name: value for name, value in _registered(trace) if name in self._store["params"]}
         known = {id(parameter) for parameter in self.parameters()}
         for name, value in self._store["params"].items():
             if id(value) not in known:
@@ -395,11 +396,24 @@ def as_module(program: Callable, *batch: Tensor) -> nn.Module:
     """The program as a module that owns all its parameters: itself where it does already, else a :class:`Program`."""
     if isinstance(program, nn.Module):
         known = {id(parameter) for parameter in program.parameters()}
-        nodes: Any = prototype(program, *batch).nodes.values()
-        seen = (node["value"] for node in nodes if node["type"] == "param")
-        if all(id(value.unconstrained() if hasattr(value, "unconstrained") else value) in known for value in seen):
+        if all(id(parameter) in known for _, parameter in _registered(prototype(program, *batch))):
             return program
     return Program(program, *batch)
+
+
+def _registered(trace: poutine.Trace) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a program has registered, by name, a module's as the module has them.
+
+    Pyro stores those that are not contiguous, such as kernels whose channels come last, as copies.
+    """
+    nodes: Any = trace.nodes.items()
+    for name, node in nodes:
+        if node["type"] == "param":
+            value, given = node["value"], next(iter(node["args"][1:]), None)
+            copied = isinstance(given, nn.Parameter) and not given.is_contiguous()
+            if copied and node["kwargs"]["constraint"] is constraints.real:
+                value = given
+            yield name, value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def no_sites(*batch: Tensor) -> None:

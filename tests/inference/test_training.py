@@ -30,7 +30,7 @@ from pyrogen.inference import (
 from pyrogen.inference.checkpoints import read_tensors
 from pyrogen.inference.loop import CHECKPOINT
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
-from pyrogen.networks import MLP
+from pyrogen.networks import MLP, ConvDecoder, ConvEncoder
 
 COLUMNS = [
     *("epoch", "step", "loss", "distortion", "rate", "validation", "learning_rate", "gradient_norm", "seconds"),
@@ -135,6 +135,38 @@ def test_resuming_gives_the_run_never_interrupted(options, how, digits, tmp_path
     for name, value in whole.programs.state_dict().items():
         assert torch.equal(value, resumed.programs.state_dict()[name]), name
     assert len(whole.history) >= 3
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_resuming_modules_whose_channels_come_last(function, digits, tmp_path):
+    """A checkpoint holds tensors row by row; what a fused optimizer gathers lies as its parameters do."""
+
+    def trained(folder, epochs):
+        torch.manual_seed(1)
+        decoder = ConvDecoder(2, (1, 8, 8), channels=(8, 16)).to(memory_format=torch.channels_last)
+        encoder = ConvEncoder((1, 8, 8), 16, channels=(8, 16)).to(memory_format=torch.channels_last)
+        model = LatentVariableModel(StandardNormal(2), Bernoulli(decoder))
+        guide = AmortizedGuide(model, encoder)
+        options: Any = {"epochs": epochs, "batch_size": 32, "progress": False, "out": folder, "resume": True}
+        return fit(registering(model, decoder) if function else model, guide, ELBO(), digits, **options)
+
+    def registering(model, decoder):
+        """The model as a function that registers parameters, of which Pyro stores copies where they lie otherwise."""
+
+        def function(x):
+            pyro.module("decoder", decoder)
+            return model(x)
+
+        return function
+
+    whole = trained(tmp_path / "whole", 4)
+    trained(tmp_path / "part", 2)
+    resumed = trained(tmp_path / "part", 4)
+    assert_same(tmp_path / "whole", tmp_path / "part")
+    for one, other in zip(whole.programs.parameters(), resumed.programs.parameters(), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+    kernels = [p for p in resumed.programs.parameters() if p.dim() == 4]
+    assert len(kernels) == 4 and sum(not kernel.is_contiguous() for kernel in kernels) == 2
 
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_there(digits, tmp_path):
