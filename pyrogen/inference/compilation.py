@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyrogen.arguments import checked
 from pyrogen.inference.objectives import Estimate, ObjectiveModule
 from pyrogen.inference.programs import modules_of
+from pyrogen.inference.recording import Recorded, is_recordable
 from pyrogen.inference.tracing import lowered, reason
 from pyrogen.inference.turns import seeded
 
@@ -41,6 +42,8 @@ class _Graph:
     has_share: bool
     trained: tuple[nn.Parameter, ...]
     state: tuple[Tensor, ...]
+    keeps: bool = False
+    """Whether it writes gradients to the same places every time."""
 
 
 @checked()
@@ -54,6 +57,7 @@ class Compiled:
     them into a few loops, which it keeps for later processes. Random numbers are drawn by torch in the same order, so
     that from the same seed a compiled step gives the figures of the step itself up to rounding. Whether it does is
     looked at once; where it does not, or where a program can't be traced, it runs as it is, and a warning says why.
+    On a GPU the loops are recorded as a CUDA graph, which launches them all at once.
 
     What a program decides, it decides while it is traced: a loop runs as often as then, and a number that it computes
     in Python stays what it was. Schedules of an objective (``beta=``, ``latent=``) and modes (``train``, ``eval``) are
@@ -90,10 +94,15 @@ class Compiled:
         if graph is None:
             return self.module(*batch)
         loss, gradients = self._run(graph, batch)
+        if graph.keeps:
+            gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
         return _Known.apply(loss, gradients, *graph.trained)
 
     def backward(self, *batch: Tensor) -> Estimate:
-        """The estimate of a batch, its gradients put in place of the parameters' own."""
+        """The estimate of a batch, its gradients put in place of the parameters' own.
+
+        On a GPU all is one CUDA graph, and the next call writes its gradients to the same places.
+        """
         return self._filled("forward", batch)
 
     def critics_backward(self, *batch: Tensor) -> None:
@@ -107,9 +116,8 @@ class Compiled:
         if graph is None:
             getattr(self.module, which)(*batch).backward()
         else:
-            given: set[int] = set()
             for parameter, gradient in zip(graph.trained, self._run(graph, batch)[1], strict=True):
-                parameter.grad = None if gradient is None else _own(gradient, parameter, given)
+                parameter.grad = gradient
         return self.module.latest  # type: ignore[return-value]
 
     def _run(self, graph: _Graph, batch: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor | None]]:
@@ -158,6 +166,8 @@ class Compiled:
         try:
             graph = self._compiled(which, batch)
             self._check(graph, batch)
+            if is_recordable(batch[0].device):
+                graph = self._recorded(graph, batch)
         except Exception as error:  # whatever a program, a tracer or a compiler stumbles over
             self.why_not = reason(error)
             _log.warning("%r runs as it is, not compiled: %s", self.module.elbo, self.why_not)
@@ -205,8 +215,37 @@ class Compiled:
             raise ValueError(
                 f"its parameters {strange} stand in Pyro's store alone; fit(..., compile=True) takes these"
             )
-        run = lowered(graph, inputs)
+        lower = lowered(graph, inputs)
+        figures = 1 + len(shares) + len(names)
+
+        def run(*inputs: Tensor) -> list[Tensor | None]:
+            found = lower(*inputs)
+            return [*found[:figures], *_laid_out(found[figures:], trained)]
+
         return _Graph(which, run, tuple(names), bool(shares), tuple(trained), tuple(state))
+
+    def _recorded(self, graph: _Graph, batch: tuple[Tensor, ...]) -> _Graph:
+        """The graph as a recording, or itself where that gives something else."""
+        figures = 1 + graph.has_share + len(graph.metrics)
+        kernels = Recorded(
+            lambda *inputs: (torch.stack((found := graph.run(*inputs))[:figures]), *found[figures:]),
+            len(batch) + len(self.module.elbo.scheduled()),
+        )
+
+        def run(*inputs: Tensor) -> list[Tensor | None]:
+            together, *gradients = kernels(*inputs)
+            return [*together.clone().unbind(), *gradients]  # losses are read after the next replay
+
+        recorded = replace(graph, run=run, keeps=True)
+        try:
+            with self._as_found(batch[0].device):
+                for _ in range(2):
+                    self._run(recorded, batch)
+            self._check(recorded, batch)
+        except ValueError as error:
+            _log.warning("%r is compiled, but not recorded as a CUDA graph: %s", self.module.elbo, error)
+            return graph
+        return recorded
 
     def _check(self, graph: _Graph, batch: tuple[Tensor, ...]) -> None:
         """Raise a ``ValueError`` if the graph's gradients are not those of the program."""
@@ -250,13 +289,16 @@ class Compiled:
                         buffer.copy_(value)
 
 
-def _own(gradient: Tensor, parameter: Tensor, given: set[int]) -> Tensor:
-    """A gradient laid out as its parameter, as optimizers expect, in memory that no other one has."""
-    storage = gradient.untyped_storage().data_ptr()
-    if gradient.stride() != parameter.stride() or storage in given:
-        return torch.empty_like(parameter).copy_(gradient)
-    given.add(storage)
-    return gradient
+def _laid_out(gradients: Iterable[Tensor | None], parameters: Iterable[Tensor]) -> Iterator[Tensor | None]:
+    """Gradients laid out as their parameters, as optimizers expect, each in memory that no other one has."""
+    given: set[int] = set()
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None:
+            storage = gradient.untyped_storage().data_ptr()
+            if gradient.stride() != parameter.stride() or storage in given:
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            given.add(storage)
+        yield gradient
 
 
 class _Known(torch.autograd.Function):
@@ -276,7 +318,7 @@ class _Known(torch.autograd.Function):
 def _tensors(weights: Mapping[str, float], like: Tensor) -> list[Tensor]:
     """Weights as inputs of a graph."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [torch.tensor(weight, dtype=dtype) for weight in weights.values()]
+    return [torch.full((), weight, dtype=dtype, device=like.device) for weight in weights.values()]
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

@@ -33,6 +33,7 @@ from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_o
 from pyrogen.inference.parallel import Processes
 from pyrogen.inference.programs import latent_sites, prototype
 from pyrogen.inference.reading import INACTIVE_UNITS
+from pyrogen.inference.recording import RecordedStep, is_recordable
 from pyrogen.inference.resuming import check_alike, identity_of, read_checkpoint, restore, write_checkpoint
 from pyrogen.inference.run import Run, as_yaml, settings_of, write_run, write_text
 from pyrogen.inference.stopping import Stopping
@@ -112,6 +113,7 @@ class Training:
         # Not the module that it returns, whose calls take longer and leave methods without autocast.
         _, *steppers = fabric.setup(self.programs, *self.optimizers.values())
         self.steppers = dict(zip(self.optimizers, steppers, strict=True))
+        self.recorded = {name: RecordedStep(self.optimizers[name], each.step) for name, each in self.steppers.items()}
         self.averaged = [p.detach().clone() for p in self.trained] if options.average is not None else []
         self.watch = CriticWatch()
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
@@ -345,9 +347,9 @@ class Training:
             self._look(estimate, batch)
         if self.keeps:
             self._keep()
-        for name, stepper in self.steppers.items():
+        for name in self.steppers:
             if name == "critic" or self.step >= options.critic.warmup or "critic" not in self.steppers:
-                self._move(stepper)
+                self._move(name)
         self._average()
         self.step += 1
         if estimate is None:
@@ -450,11 +452,14 @@ class Training:
             if self.processes.broadcast(pays):
                 self.compiled = Compiled(self.programs)
 
-    def _move(self, stepper: Any) -> None:
-        clip = self.run.options.gradient_clip
+    def _move(self, name: str) -> None:
+        clip, stepper = self.run.options.gradient_clip, self.steppers[name]
         if clip is not None:
             self.fabric.clip_gradients(self.programs, stepper, max_norm=clip, error_if_nonfinite=False)
-        stepper.step()
+        if self.compiled is not None and is_recordable(self.fabric.device):
+            self.recorded[name]()
+        else:
+            stepper.step()
 
     def _critic_steps(self, rows: int) -> None:
         """The steps that critics take before the one that they share with the program."""
@@ -465,7 +470,7 @@ class Training:
             if self.skips and not self._sound(agreed, self._norm(self.critics)):
                 _give_back(buffers)
             else:
-                self._move(self.steppers["critic"])
+                self._move("critic")
 
     def _critic_gradients(self, rows: int) -> Tensor:
         """The critics' loss on rows drawn at random, with their gradients in place."""

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrogen.inference.programs import modules_of
+from pyrogen.inference.recording import Recorded, is_recordable
 from pyrogen.inference.turns import seeded
 
 __all__ = ["Traced", "lowered", "reason"]
@@ -75,8 +76,17 @@ class Traced:
             run = lowered(graph, [*inputs, *self._state])
             with seeded(None, device):
                 known = function(*inputs)
-            with seeded(None, device):
-                found = run(*inputs, *self._state)
+            self._check(run, inputs, known)
+            if is_recordable(device):
+                run = _recorded(run, count)
+                for _ in range(3):
+                    self._check(run, inputs, known)
+        return run
+
+    def _check(self, run: Any, inputs: tuple[Tensor, ...], known: Sequence[Tensor]) -> None:
+        """Raise a ``ValueError`` if from the same random numbers something else is found than what is known."""
+        with seeded(None, inputs[0].device):
+            found = run(*inputs, *self._state)
         for a, b in zip(known, found, strict=True):
             finite = a.isfinite()
             off = torch.where(finite, a - b, 0.0).norm()
@@ -85,7 +95,11 @@ class Traced:
                     "from the same random numbers the graph gives something else; it seems to use numbers "
                     "that change and are neither tensors nor drawn by torch"
                 )
-        return run
+
+
+def _recorded(run: Any, given: int) -> Any:
+    recorded = Recorded(run, given)
+    return lambda *inputs: [x.clone() for x in recorded(*inputs)]
 
 
 def lowered(graph: GraphModule, inputs: list[Any]) -> Any:

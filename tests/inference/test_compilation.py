@@ -55,7 +55,7 @@ def said(caplog):
 
 def noisy():
     torch.manual_seed(1)
-    return programs(encoder=nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2)))
+    return programs(encoder=nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.2)))
 
 
 def functions():
@@ -117,6 +117,62 @@ def test_a_compiled_fit_is_the_fit(case, traced_only, caplog):
     columns = [name for name in run.history if name not in ("seconds", "rows_per_second", "inactive_units")]
     for name in columns:
         assert again.history[name].tolist() == pytest.approx(run.history[name].tolist(), rel=1e-3, nan_ok=True), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_fit_is_the_fit(case, recorder, traced_only, caplog):
+    make, objective, options = CASES[case]
+    options = {"device": recorder.device} | options
+    run, known = losses(make, objective, compile=False, **options)
+    assert recorder.count == 0
+    again, found = losses(make, objective, compile=True, **options)
+    assert not said(caplog)
+    assert recorder.count >= (2 if len(run.objective.critics) == 0 else 3)  # gradients, and a step of each optimizer
+    assert found == pytest.approx(known, rel=1e-4)
+    for (name, a), b in zip(run.programs.state_dict().items(), again.programs.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=2e-2, atol=1e-3, msg=name)
+    assert run.objective.step == again.objective.step
+
+
+def test_a_recorded_fit_goes_on_bit_for_bit(recorder, traced_only, tmp_path):
+    options = STEPS | {"compile": True, "device": recorder.device, "schedule": "cosine", "resume": True}
+
+    def trained(folder, epochs):
+        model, guide = programs(Implicit)
+        stop = [lambda run: len(run.history) == epochs]
+        return pg.fit(model, guide, AVB(4, critic=SMALL), X, out=folder, callbacks=stop, **options | {"epochs": 6})
+
+    whole = trained(tmp_path / "whole", 6)
+    assert len(trained(tmp_path / "part", 2).history) == 2
+    resumed = trained(tmp_path / "part", 6)
+    assert whole.history["loss"].tolist() == resumed.history["loss"].tolist()
+    for a, b in zip(whole.programs.parameters(), resumed.programs.parameters(), strict=True):
+        assert a.equal(b)
+
+
+def test_recorded_losses_may_be_differentiated_later(recorder, traced_only):
+    """Two losses before their gradients; draws that are fresh and follow the seed; weights in another place."""
+    model, guide = programs()
+    module = ELBO(beta=LinearSchedule(10))(model, guide).to(recorder.device)
+    compiled, x = Compiled(module), X.to(recorder.device)
+
+    def gradients(loss_of):
+        module.elbo.step = 0
+        module.zero_grad()
+        torch.manual_seed(1)
+        losses = [loss_of(rows) for rows in (x[:16], x[16:32], x[32:48])]
+        (losses[0] + 2 * losses[1] + 3 * losses[2]).backward()
+        return [float(loss.detach()) for loss in losses], [p.grad.clone() for p in module.parameters()]
+
+    for _ in range(2):
+        known, expected = gradients(module)
+        for _ in range(2):
+            found, gained = gradients(compiled)
+            assert len({*found}) == 3 and found == pytest.approx(known, rel=1e-5)
+            torch.testing.assert_close(gained, expected, rtol=1e-4, atol=1e-5)
+        for parameter in module.parameters():
+            parameter.data = 2 * parameter.data
+    assert compiled.why_not is None and recorder.count == 4  # of a weight of 0 and of others, in two places
 
 
 def test_by_the_compiler(caplog):

@@ -1,0 +1,151 @@
+"""What is recorded as a CUDA graph gives what it would give as it is; without a GPU this is seen with a tape."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from pyrogen.inference import tracing
+from pyrogen.inference.recording import MOST, Recorded, RecordedStep
+from pyrogen.inference.tracing import Traced
+
+
+def said(caplog):
+    return [record.message for record in caplog.records if record.name.startswith("pyrogen")]
+
+
+def test_a_function_runs_then_is_recorded_then_replayed(recorder):
+    weight = torch.ones(3, device=recorder.device)
+    calls = []
+
+    def function(x, weight):
+        calls.append(len(x))
+        return [x * weight, (x + torch.randn_like(x)).sum()]
+
+    recorded = Recorded(function, given=1)
+    for call in range(5):
+        x = torch.full((2, 3), float(call), device=recorder.device)
+        torch.manual_seed(call)
+        found = recorded(x, weight)
+        torch.manual_seed(call)
+        expected = [x * weight, (x + torch.randn_like(x)).sum()]
+        torch.testing.assert_close([*found], expected)
+        assert (len(calls), recorder.count) == [(1, 0), (2, 1), (2, 1), (2, 1), (2, 1)][call]
+        weight.mul_(2.0)  # which is read where it stands
+    assert recorded.why_not is None
+
+
+def test_tensors_that_have_moved_are_recorded_anew(recorder):
+    recorded = Recorded(lambda x, weight: [x * weight], given=1)
+    for scale in (2.0, 3.0):
+        x, weight = torch.ones(2, device=recorder.device), torch.full((2,), scale, device=recorder.device)
+        for _ in range(3):
+            assert recorded(x, weight)[0].tolist() == [scale, scale]
+        kept = weight  # so that the next one is elsewhere
+    assert recorder.count == 2 and kept is weight
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(recorder, caplog):
+    recorded = Recorded(lambda x: [x * 2 if x.sum().item() > 0 else x], given=1)
+    for scale in (1.0, 2.0, -3.0, 4.0):
+        x = torch.full((2,), scale, device=recorder.device)
+        assert recorded(x)[0][0].item() == (2 * scale if scale > 0 else scale)
+    assert len(said(caplog)) == 1 and "not recorded as a CUDA graph" in said(caplog)[0]
+    assert recorded.why_not is not None and recorder.count == 1
+
+
+def two_networks(device):
+    torch.manual_seed(0)
+    networks = [nn.Linear(3, 2).to(device) for _ in range(2)]
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        b.data.copy_(a.data)
+    return networks
+
+
+@pytest.mark.parametrize(
+    ("make", "records"),
+    [
+        (lambda p: torch.optim.Adam(p, fused=True), True),
+        (lambda p: torch.optim.AdamW(p, fused=True, weight_decay=0.1, amsgrad=True), True),
+        (lambda p: torch.optim.Adam(p), False),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), False),
+    ],
+    ids=["adam", "adamw", "state on the CPU", "no such option"],
+)
+def test_steps_are_those_of_the_optimizer(make, records, recorder, caplog):
+    """Learning rates that change, and gradients in two places by turns, some of them missing."""
+    own, other = two_networks(recorder.device)
+    optimizers = make(own.parameters()), make(other.parameters())
+    step = RecordedStep(optimizers[1], optimizers[1].step)
+    places = [[torch.zeros_like(p) for p in other.parameters()] for _ in range(2)]
+    for turn in range(12):
+        rate = 0.1 / (1 + turn)
+        place = places[turn // 3 % 2]
+        for p, q, gradient in zip(own.parameters(), other.parameters(), place, strict=True):
+            missing = p is own.bias and turn >= 6
+            gradient.copy_(torch.randn_like(p))
+            p.grad, q.grad = (None, None) if missing else (gradient.clone(), gradient)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+        optimizers[0].step()
+        step()
+        assert optimizers[1].param_groups[0]["lr"] == rate
+        torch.testing.assert_close([*other.parameters()], [*own.parameters()], rtol=1e-5, atol=1e-7)
+    assert recorder.count == (4 if records else 0)  # for each place, with and without the gradient that is missing
+    assert not said(caplog)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_that_never_stay_are_not_recorded_for_ever(recorder):
+    network = nn.Linear(2, 1).to(recorder.device)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    step, kept = RecordedStep(optimizer, optimizer.step), []
+    for _ in range(MOST + 3):
+        for p in network.parameters():
+            p.grad = torch.ones_like(p)
+            kept.append(p.grad)
+        for _ in range(2):
+            step()
+    assert recorder.count == len(step.replays) == MOST
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0 * (MOST + 3)}
+
+
+def test_an_optimizer_that_cannot_be_recorded_steps_as_it_is(recorder, caplog):
+    class Looking(torch.optim.Adam):
+        def step(self, closure=None):
+            if self.param_groups[0]["params"][0].sum().item() < 1e9:
+                super().step(closure)
+
+    network = nn.Linear(2, 1).to(recorder.device)
+    optimizer = Looking(network.parameters(), fused=True)
+    step = RecordedStep(optimizer, optimizer.step)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(4):
+        step()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+    assert len(said(caplog)) == 1 and "Looking is not recorded" in said(caplog)[0]
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["capturable"]) == (1e-3, False)
+
+
+def test_what_a_traced_function_gives_stays(recorder, traced_only, monkeypatch, caplog):
+    monkeypatch.setattr(tracing, "UNCOMPILED", 0)
+    network = nn.Linear(3, 2).to(recorder.device)
+    traced = Traced(network)
+
+    def function(x):
+        return [network(x) + torch.randn(len(x), 2, device=x.device), x.sum()]
+
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        found, expected = [], []
+        for call in range(4):
+            x = torch.full((5, 3), float(call), device=recorder.device)
+            for run, results in ((lambda: traced(function, x), found), (lambda: function(x), expected)):
+                torch.manual_seed(call)
+                results.append([*run()])
+            network.weight.mul_(2.0)
+    torch.testing.assert_close(found, expected)
+    assert recorder.count == 1 and traced.why_not is None and not said(caplog)
