@@ -15,6 +15,7 @@ from typing import Literal
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from pyrogen.distributions.decoding import (
@@ -68,7 +69,21 @@ class Bernoulli(nn.Module):
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         logits, event_dim = decode(self.decoder, z)
-        return dist.Bernoulli(logits=logits).to_event(event_dim)
+        return _IndependentBernoulli(dist.Bernoulli(logits=logits), event_dim)
+
+
+class _IndependentBernoulli(dist.Independent):
+    """Binary values whose log-density is summed before its sign is turned: a pass over them less in each direction."""
+
+    base_dist: dist.Bernoulli
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        base = self.base_dist
+        if base._validate_args:
+            base._validate_sample(value)
+        logits, value = torch.broadcast_tensors(base.logits, value)
+        entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
+        return -sum_rightmost(entropy, self.reinterpreted_batch_ndims)
 
 
 class _ContinuousBernoulli(dist.ContinuousBernoulli):

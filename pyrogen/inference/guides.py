@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
-from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.indep_messenger import CondIndepStackFrame, IndepMessenger
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -35,6 +35,7 @@ from pyrogen.inference.programs import (
     sample_sites,
 )
 from pyrogen.inference.turns import seeded
+from pyrogen.models.plate import data_plate
 
 __all__ = ["AmortizedGuide", "Family", "flattened", "stand_in_batch"]
 
@@ -303,11 +304,11 @@ def _features(site: Site) -> int | tuple[int, ...]:
     return shape[0] if len(shape) == 1 else shape
 
 
-def _plate(frame: CondIndepStackFrame, rows: int) -> pyro.plate:
+def _plate(frame: CondIndepStackFrame, rows: int) -> IndepMessenger:
     if frame.name != "data":
         return pyro.plate(frame.name, frame.size, dim=frame.dim)
     if frame.full_size in (None, frame.size):
-        return pyro.plate("data", rows, dim=frame.dim)
+        return data_plate(rows, frame.dim)
     return pyro.plate("data", frame.full_size, subsample=torch.arange(rows), dim=frame.dim)
 
 

@@ -290,7 +290,7 @@ def trace_of(program: Callable, *batch: Tensor) -> poutine.Trace:
                 error.args = (_not_finite(program, *found.groups()),)
             error.add_note(tracing.trace.format_shapes())
             raise
-    return tracing.get_trace()
+    return tracing.trace
 
 
 def _not_finite(program: Callable, parameter: str, distribution: str) -> str:

@@ -309,8 +309,10 @@ def _observations(trace: poutine.Trace, sites: dict[str, dict[str, Any]], rows: 
     frame = next((frame for frame in map(data_frame, sites.values()) if frame is not None), None)
     if frame is None:
         raise ValueError('no site stands in the plate "data"; write `with pyro.plate("data", len(x)):`')
+    if frame.full_size is None:
+        return rows
     subsamples = getattr(trace.nodes["data"]["fn"], "subsample_size", None) is not None
-    return rows if frame.full_size is None or (frame.full_size == frame.size and not subsamples) else frame.full_size
+    return rows if frame.full_size == frame.size and not subsamples else frame.full_size
 
 
 def _check_latents(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:

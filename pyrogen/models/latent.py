@@ -5,6 +5,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrogen.arguments import checked
+from pyrogen.models.plate import data_plate
 
 __all__ = ["LatentVariableModel"]
 
@@ -39,7 +40,7 @@ class LatentVariableModel(PyroModule):
         self.likelihood = likelihood
 
     def forward(self, x: Tensor) -> Tensor:
-        with pyro.plate("data", len(x)):
+        with data_plate(len(x)):
             z = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(z), obs=x)
         return z

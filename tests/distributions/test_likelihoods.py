@@ -60,6 +60,21 @@ def test_bernoulli_far_logits_agree_with_float64():
     assert decoder.gradient.isfinite().all()
 
 
+def test_bernoulli_is_that_of_pyro_expanded_and_checked_too():
+    images = nn.Unflatten(-1, (2, 2))
+    got: Any = Bernoulli(nn.Sequential(nn.Linear(3, 4), images))(torch.randn(5, 3, dtype=torch.float32))
+    known = dist.Bernoulli(logits=got.base_dist.logits).to_event(2)
+    assert isinstance(got, dist.Independent) and (got.batch_shape, got.event_shape) == ((5,), (2, 2))
+    for a, b in ((got, known), (got.expand((6, 5)), known.expand((6, 5)))):
+        x = b.sample()
+        (gained,), (expected,) = (torch.autograd.grad(d.log_prob(x).sum(), d.base_dist.logits) for d in (a, b))
+        torch.testing.assert_close(a.log_prob(x), b.log_prob(x))
+        torch.testing.assert_close(gained, expected)
+        torch.testing.assert_close(a.log_prob(x[..., :1, :, :]), b.log_prob(x[..., :1, :, :]))
+    with pytest.raises(ValueError, match="within the support"):
+        got.log_prob(torch.full((5, 2, 2), 0.5))
+
+
 def continuous_bernoulli_log_density(logits: Tensor, x: Tensor) -> Tensor:
     """The closed form in float64, reflected so that nothing overflows; a series at tiny logits."""
     u = logits.abs()
