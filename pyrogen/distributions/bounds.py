@@ -23,8 +23,8 @@ def finite_gradient(x: Tensor, *, of_draws: bool = False) -> Tensor:
     draws is the model's own, and training has to see it: ``of_draws`` leaves it. Half precision is left as it is, for
     the scaler of its gradients looks for what overflows.
     """
-    x = x.view_as(x)  # so that no hook stays on a parameter
     if x.requires_grad and x.dtype != torch.float16:
+        x = x.view_as(x)  # so that no hook stays on a parameter
         x.register_hook(lambda slope: _clamped(slope) if of_draws else _clamped(slope).nan_to_num())
     return x
 

@@ -82,7 +82,7 @@ def decode(decoder: nn.Module, z: Tensor) -> tuple[Tensor, int]:
     if z.dim() == 0:
         raise ValueError("latents must have shape (..., D), got a scalar; unsqueeze its last dimension")
     batch = z.shape[:-1]
-    output = decoder(z.reshape(batch.numel(), z.shape[-1]))
+    output = decoder(z if len(batch) == 1 else z.reshape(batch.numel(), z.shape[-1]))
     if output.dim() < 2 or output.shape[0] != batch.numel():
         raise ValueError(
             f"the decoder must map latents of shape ({batch.numel()}, {z.shape[-1]}) to "
@@ -91,7 +91,7 @@ def decode(decoder: nn.Module, z: Tensor) -> tuple[Tensor, int]:
         )
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
-    return output.reshape(*batch, *output.shape[1:]), output.dim() - 1
+    return (output if len(batch) == 1 else output.reshape(*batch, *output.shape[1:])), output.dim() - 1
 
 
 def split(output: Tensor, event_dim: int, parameters: int) -> Tensor:

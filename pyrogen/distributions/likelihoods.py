@@ -15,7 +15,6 @@ from typing import Literal
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from pyrogen.distributions.decoding import (
@@ -83,7 +82,7 @@ class _IndependentBernoulli(dist.Independent):
             base._validate_sample(value)
         logits, value = torch.broadcast_tensors(base.logits, value)
         entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
-        return -sum_rightmost(entropy, self.reinterpreted_batch_ndims)
+        return -entropy.flatten(-self.reinterpreted_batch_ndims).sum(-1)
 
 
 class _ContinuousBernoulli(dist.ContinuousBernoulli):

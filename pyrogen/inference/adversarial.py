@@ -297,7 +297,7 @@ class VAEGAN(Hybrid):
         loss = terms.global_rate + teaching + sum(metrics.values())
         loss = loss + self.reconstruction * _distance(visible.ratio.critic, data, held)
         if terms.log_likelihoods:
-            metrics["distortion"] = -terms.log_likelihood.mean()
+            metrics["distortion"] = terms.distortion
         return Estimate(loss, {name: value.detach() for name, value in metrics.items()}, terms, loss.detach())
 
     def bound(self, *programs_and_batch: Tensor) -> Tensor:  # type: ignore[override]

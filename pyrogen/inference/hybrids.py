@@ -155,7 +155,7 @@ class Hybrid(CriticObjective):
         loss = torch.as_tensor(terms.global_rate, dtype=draws.like.dtype, device=draws.like.device)
         metrics = {}
         if terms.log_likelihoods:
-            metrics["distortion"] = -terms.log_likelihood.mean()
+            metrics["distortion"] = terms.distortion
         if self.log_likelihood:
             loss = loss + self.log_likelihood * metrics["distortion"]
         if self.reconstruction:

@@ -434,8 +434,7 @@ class Training:
             if self.compiled is not None and len(batch[0]) == self.full:
                 return self.compiled.backward(*batch)
             loss = self.programs(*batch)
-        for stepper in self.steppers.values():
-            stepper.zero_grad(set_to_none=True)
+        _clear([*self.trained, *self.critics])
         self.fabric.backward(loss)
         return self.programs.latest  # type: ignore[return-value]
 
@@ -480,7 +479,7 @@ class Training:
                 self.compiled.critics_backward(*batch)
                 return torch.zeros((), device=self.fabric.device)
             loss = self.programs.critic_loss(*batch)
-        self.steppers["critic"].zero_grad(set_to_none=True)
+        _clear(self.critics)
         self.fabric.backward(loss)
         return loss.detach()
 
@@ -596,6 +595,12 @@ class Training:
             yield
         except WriteError as error:
             raise WriteError(f"{error}. Training stands at step {self.step}, and {where_it_stands(self)}") from error
+
+
+def _clear(parameters: list[nn.Parameter]) -> None:
+    """Take gradients away, as optimizers do after they have announced it to a profiler."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _give_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -151,7 +151,7 @@ class WAE(Matching):
         if self.cost is not None:
             parts[self.cost.replace(" ", "_")] = 1.0, _error(traces, self.cost).mean()
         if terms.log_likelihoods:
-            parts["distortion"] = float(self.cost is None), -terms.log_likelihood.mean()
+            parts["distortion"] = float(self.cost is None), terms.distortion
         return parts | {"mmd": (self.weight, _discrepancy(model, traces, self.kernel))}
 
 
@@ -203,8 +203,8 @@ class InfoVAE(Matching):
 
     def parts(self, model: Callable, traces: Traces, terms: Terms) -> Parts:
         return {
-            "distortion": (1.0, -terms.log_likelihood.mean()),
-            "rate": (1.0 - self.alpha, terms.ratio.mean()),
+            "distortion": (1.0, terms.distortion),
+            "rate": (1.0 - self.alpha, terms.rate),
             "mmd": (self.alpha + self.weight - 1.0, _discrepancy(model, traces, self.kernel)),
         }
 

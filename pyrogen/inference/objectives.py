@@ -168,8 +168,8 @@ class Objective(pyro.infer.ELBO):
         if torch.is_grad_enabled():
             self.step += 1
         metrics = {
-            "distortion": -terms.log_likelihood.detach().mean(),
-            "rate": terms.ratio.detach().mean(),
+            "distortion": terms.distortion.detach(),
+            "rate": terms.rate.detach(),
         }
         if terms.global_ratios:
             metrics["global_rate"] = terms.global_rate.detach()  # type: ignore[union-attr]
@@ -279,10 +279,10 @@ class ELBO(Objective):
 
     def loss_of(self, terms: Terms) -> Tensor:
         beta = self.weight_of("beta")
-        rate = self._free_rate(terms) if self.free_bits else terms.ratio.mean()
+        rate = self._free_rate(terms) if self.free_bits else terms.rate
         if isinstance(beta, (int, float)) and beta == 0.0:  # a point mass may have an infinite rate, and 0 · ∞ is not 0
-            return terms.global_rate - terms.log_likelihood.mean()
-        return terms.global_rate - terms.log_likelihood.mean() + beta * rate
+            return terms.global_rate + terms.distortion
+        return terms.global_rate + terms.distortion + beta * rate
 
     def _free_rate(self, terms: Terms) -> Tensor:
         rate = torch.zeros((), device=terms.log_likelihood.device)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro.distributions as dist
@@ -74,6 +75,16 @@ class Terms:
     @property
     def ratio(self) -> Tensor:
         return _total(self.ratios) if self.ratios else torch.zeros_like(self.log_likelihood)
+
+    @cached_property
+    def distortion(self) -> Tensor:
+        """The mean of -log p(x | z) over particles and rows."""
+        return -self.log_likelihood.mean()
+
+    @cached_property
+    def rate(self) -> Tensor:
+        """The mean of the ratio over particles and rows."""
+        return self.ratio.mean()
 
     @property
     def log_weights(self) -> Tensor:

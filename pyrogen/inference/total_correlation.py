@@ -100,8 +100,8 @@ class BetaTCVAE(Matching):
         marginals = torch.logsumexp(weights.unsqueeze(-1) + log_q, 1).sum(-1)
         log_prior = per_row(p, p["fn"].log_prob(p["value"]))
         return {
-            "distortion": (1.0, -terms.log_likelihood.mean()),
-            "rate": (0.0, terms.ratio.mean()),
+            "distortion": (1.0, terms.distortion),
+            "rate": (0.0, terms.rate),
             "mutual_information": (self.alpha, (own - joint).mean()),
             "total_correlation": (self.beta, (joint - marginals).mean()),
             "dimension_wise_kl": (self.gamma, (marginals - log_prior).mean()),
@@ -175,8 +175,8 @@ class FactorVAE(CriticObjective):
         terms = self._compared(draws.traces)
         contrast: Any = self.critics["total_correlation"]
         metrics = {
-            "distortion": -terms.log_likelihood.mean(),
-            "rate": terms.ratio.mean(),
+            "distortion": terms.distortion,
+            "rate": terms.rate,
             "total_correlation_estimate": contrast.estimate(draws).mean(),
         }
         loss = terms.global_rate + metrics["distortion"] + metrics["rate"]
