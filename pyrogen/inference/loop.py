@@ -113,7 +113,9 @@ class Training:
         # Not the module that it returns, whose calls take longer and leave methods without autocast.
         _, *steppers = fabric.setup(self.programs, *self.optimizers.values())
         self.steppers = dict(zip(self.optimizers, steppers, strict=True))
-        self.recorded = {name: RecordedStep(self.optimizers[name], each.step) for name, each in self.steppers.items()}
+        self.recorded = dict[str, RecordedStep]()
+        if is_recordable(fabric.device):
+            self.recorded = {name: RecordedStep(self.optimizers[name], each.step) for name, each in self.steppers.items()}
         self.averaged = [p.detach().clone() for p in self.trained] if options.average is not None else []
         self.watch = CriticWatch()
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
@@ -455,7 +457,7 @@ class Training:
         clip, stepper = self.run.options.gradient_clip, self.steppers[name]
         if clip is not None:
             self.fabric.clip_gradients(self.programs, stepper, max_norm=clip, error_if_nonfinite=False)
-        if self.compiled is not None and is_recordable(self.fabric.device):
+        if self.compiled is not None and name in self.recorded:
             self.recorded[name]()
         else:
             stepper.step()

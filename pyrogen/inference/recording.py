@@ -90,9 +90,9 @@ class RecordedStep:
         groups = optimizer.param_groups
         self.parameters = [p for group in groups for p in group["params"]]
         self.records = all("capturable" in group and (group["capturable"] or group.get("fused")) for group in groups)
-        places = [group["params"][0].device for group in groups]
+        self.device = self.parameters[0].device
         # Kernels read one of this type.
-        self.rates = [torch.full((), math.nan, dtype=torch.float32, device=device) for device in places]
+        self.rates = [torch.full((), math.nan, dtype=torch.float32, device=self.device) for _ in groups]
         self.known = [math.nan for _ in groups]
         self.replays: dict[tuple[int, ...], Callable[[], None]] = {}
         self.last: tuple[int, ...] = ()
@@ -120,7 +120,7 @@ class RecordedStep:
     def _record(self, places: tuple[int, ...]) -> None:
         try:
             with self._capturable():
-                self.replays[places], _ = capture(self.optimizer.step, self.rates[0].device)
+                self.replays[places], _ = capture(self.optimizer.step, self.device)
         except Exception as error:  # of CUDA or of the optimizer
             self.records = False
             _log.warning("%s is not recorded as a CUDA graph: %s", type(self.optimizer).__name__, error)

@@ -69,10 +69,11 @@ def two_networks(device):
     [
         (lambda p: torch.optim.Adam(p, fused=True), True),
         (lambda p: torch.optim.AdamW(p, fused=True, weight_decay=0.1, amsgrad=True), True),
+        (lambda p: torch.optim.Adam([{"params": p}, {"params": []}], fused=True), True),
         (lambda p: torch.optim.Adam(p), False),
         (lambda p: torch.optim.SGD(p, momentum=0.9), False),
     ],
-    ids=["adam", "adamw", "state on the CPU", "no such option"],
+    ids=["adam", "adamw", "an empty group", "state on the CPU", "no such option"],
 )
 def test_steps_are_those_of_the_optimizer(make, records, recorder, caplog):
     """Learning rates that change, and gradients in two places by turns, some of them missing."""
