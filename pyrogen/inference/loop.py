@@ -113,9 +113,8 @@ class Training:
         # Not the module that it returns, whose calls take longer and leave methods without autocast.
         _, *steppers = fabric.setup(self.programs, *self.optimizers.values())
         self.steppers = dict(zip(self.optimizers, steppers, strict=True))
-        self.recorded = dict[str, RecordedStep]()
-        if is_recordable(fabric.device):
-            self.recorded = {name: RecordedStep(self.optimizers[name], each.step) for name, each in self.steppers.items()}
+        recordable = self.steppers if is_recordable(fabric.device) else {}
+        self.recorded = {name: RecordedStep(self.optimizers[name], each.step) for name, each in recordable.items()}
         self.averaged = [p.detach().clone() for p in self.trained] if options.average is not None else []
         self.watch = CriticWatch()
         dtype = next((p.dtype for p in self.programs.parameters() if p.is_floating_point()), None)
