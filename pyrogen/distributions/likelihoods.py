@@ -82,7 +82,7 @@ class _IndependentBernoulli(dist.Independent):
             base._validate_sample(value)
         logits, value = torch.broadcast_tensors(base.logits, value)
         entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
-        return -entropy.flatten(-self.reinterpreted_batch_ndims).sum(-1)
+        return -entropy.sum([*range(-self.reinterpreted_batch_ndims, 0)])
 
 
 class _ContinuousBernoulli(dist.ContinuousBernoulli):

@@ -258,5 +258,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             # Files hold tensors row by row, and a fused step goes through memory.
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.dim() and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

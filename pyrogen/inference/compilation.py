@@ -226,15 +226,21 @@ class Compiled:
 
     def _recorded(self, graph: _Graph, batch: tuple[Tensor, ...]) -> _Graph:
         """The graph as a recording, or itself where that gives something else."""
-        figures = 1 + graph.has_share + len(graph.metrics)
-        kernels = Recorded(
-            lambda *inputs: (torch.stack((found := graph.run(*inputs))[:figures]), *found[figures:]),
-            len(batch) + len(self.module.elbo.scheduled()),
-        )
+        count = 1 + graph.has_share + len(graph.metrics)
+
+        def kernels(*inputs: Tensor) -> list[Any]:
+            found = graph.run(*inputs)
+            figures = found[:count]
+            alike = len({(x.shape, x.dtype, x.device) for x in figures}) == 1
+            return [torch.stack(figures) if alike else figures, *found[count:]]
+
+        replayed = Recorded(kernels, len(batch) + len(self.module.elbo.scheduled()))
 
         def run(*inputs: Tensor) -> list[Tensor | None]:
-            together, *gradients = kernels(*inputs)
-            return [*together.clone().unbind(), *gradients]  # losses are read after the next replay
+            figures, *gradients = replayed(*inputs)
+            # Which are read after the next replay.
+            own = figures.clone().unbind() if isinstance(figures, Tensor) else [x.clone() for x in figures]
+            return [*own, *gradients]
 
         recorded = replace(graph, run=run, keeps=True)
         try:
@@ -242,8 +248,8 @@ class Compiled:
                 for _ in range(2):
                     self._run(recorded, batch)
             self._check(recorded, batch)
-        except ValueError as error:
-            _log.warning("%r is compiled, but not recorded as a CUDA graph: %s", self.module.elbo, error)
+        except Exception as error:  # of CUDA, or that it gives something else
+            _log.warning("%r is compiled, but not recorded as a CUDA graph: %s", self.module.elbo, reason(error))
             return graph
         return recorded
 

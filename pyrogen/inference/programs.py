@@ -246,18 +246,20 @@ def rehearsal(*programs: Callable | None) -> Iterator[None]:
         yield
 
 
-def prototype(program: Callable, *batch: Tensor, observed: bool = True) -> poutine.Trace:
+def prototype(program: Callable, *batch: Tensor, observed: bool = True, in_training: bool = False) -> poutine.Trace:
     """Trace a program once and leave no mark: no gradient, no parameter stored, no random number used up.
 
     Args:
         program: A Pyro callable.
         batch: The tensors it is called with.
         observed: Whether its observations hold; else they are sampled.
+        in_training: Whether it is called as :func:`unregistered`.
     """
     check_takes(program, *batch)
     devices = {tensor.device for tensor in batch if tensor.is_cuda}
     with torch.random.fork_rng(devices=devices), rehearsal(program):
-        return trace_of(program if observed else poutine.uncondition(program), *batch)
+        called = unregistered(program) if in_training else program
+        return trace_of(called if observed else poutine.uncondition(called), *batch)
 
 
 def check_takes(program: Callable, *batch: Tensor) -> None:
@@ -396,7 +398,9 @@ def as_module(program: Callable, *batch: Tensor) -> nn.Module:
     """The program as a module that owns all its parameters: itself where it does already, else a :class:`Program`."""
     if isinstance(program, nn.Module):
         known = {id(parameter) for parameter in program.parameters()}
-        if all(id(parameter) in known for _, parameter in _registered(prototype(program, *batch))):
+        nodes: Any = prototype(program, *batch, in_training=True).nodes.values()
+        seen = (node["value"] for node in nodes if node["type"] == "param")
+        if all(id(value.unconstrained() if hasattr(value, "unconstrained") else value) in known for value in seen):
             return program
     return Program(program, *batch)
 

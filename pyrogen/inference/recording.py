@@ -5,15 +5,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Recorded", "RecordedStep", "is_recordable"]
 
 MOST = 8
 """How many recordings are kept of a step, of gradients in different places."""
+MANY = 64
+"""How many places are remembered, to which gradients have come once."""
+SETTINGS = ("betas", "weight_decay", "eps", "amsgrad", "maximize")
+"""Of an Adam, besides its learning rate."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,10 +36,38 @@ def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable
     where the function runs itself. It has run before, for libraries set themselves up at the first launch of a kernel.
     """
     graph = torch.cuda.CUDAGraph()
-    # Another thread may be bringing data.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = function()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The (CUDA|HIP) Graph is empty")
+        # Torch's own stream is of whichever device was recorded on first. Another thread may be bringing data.
+        stream = _stream(device)
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            found = function()
     return graph.replay, found
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _waits(device: torch.device) -> Iterator[list[Any]]:
+    """Within, the host's waits for a GPU are gathered: what has any can't be recorded, and must not be tried to be.
+
+    Before version 2.12 a recording that fails leaves torch's memory and random numbers in disorder.
+    """
+    if device.type != "cuda":
+        yield []
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", ".*synchronizing CUDA operation")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 class Recorded:
@@ -59,7 +93,13 @@ class Recorded:
             self._record(inputs)
         if self.replay is None or places != self.places:
             self.places, self.replay = places, None
-            return self.function(*inputs)
+            if self.why_not is not None:
+                return self.function(*inputs)
+            with _waits(inputs[0].device) as waits:
+                found = self.function(*inputs)
+            if waits:
+                self._give_up(f"it waits for the GPU ({waits[0].message})")
+            return found
         torch._foreach_copy_(self.inputs, [*inputs[: self.given]])
         self.replay()
         return self.found
@@ -70,15 +110,24 @@ class Recorded:
         try:
             self.replay, self.found = capture(lambda: self.function(*self.inputs, *fixed), inputs[0].device)
         except Exception as error:  # of CUDA or of a library
-            self.why_not = str(error)
-            _log.warning("what is compiled is not recorded as a CUDA graph: %s", error)
+            self._give_up(str(error))
+            return
+        # So that a replay that does nothing is seen.
+        kept = {x.untyped_storage().data_ptr() for x in fixed}
+        for x in tree_leaves(self.found):
+            if isinstance(x, Tensor) and x.is_floating_point() and x.untyped_storage().data_ptr() not in kept:
+                x.fill_(math.nan)
+
+    def _give_up(self, why: str) -> None:
+        self.why_not = why
+        _log.warning("what is compiled is not recorded as a CUDA graph: %s", why)
 
 
 class RecordedStep:
-    """The step of an optimizer, recorded once gradients come to the same places, as those of a recorded function do.
+    """The step of an optimizer, recorded when gradients come to the same places again, as those of a recording do.
 
-    That takes an optimizer whose state is on the device, as a fused Adam's is; another one steps as it is. Learning
-    rates are read at every step, other settings when it is recorded.
+    That takes torch's own Adam or AdamW, fused or made with ``capturable=True``, so that its state is on the device,
+    and without hooks; another optimizer steps as it is. Learning rates are read at every step.
 
     Args:
         optimizer: Of parameters on one device.
@@ -89,38 +138,49 @@ class RecordedStep:
         self.optimizer, self.step = optimizer, step
         groups = optimizer.param_groups
         self.parameters = [p for group in groups for p in group["params"]]
-        self.records = all("capturable" in group and (group["capturable"] or group.get("fused")) for group in groups)
+        self.records = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(
+            group["capturable"] or group["fused"] for group in groups
+        )
         self.device = self.parameters[0].device
         # Kernels read one of this type.
         self.rates = [torch.full((), math.nan, dtype=torch.float32, device=self.device) for _ in groups]
         self.known = [math.nan for _ in groups]
-        self.replays: dict[tuple[int, ...], Callable[[], None]] = {}
-        self.last: tuple[int, ...] = ()
+        self.replays: dict[Any, Callable[[], None]] = {}
+        self.seen: set[Any] = set()
 
     def __call__(self) -> None:
         """Take a step."""
-        if not self.records:
+        optimizer = self.optimizer
+        if not self.records or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             self.step()
             return
         for index, group in enumerate(self.optimizer.param_groups):
             if group["lr"] != self.known[index]:
                 self.known[index] = group["lr"]
                 self.rates[index].fill_(group["lr"])
-        tensors = [x for p in self.parameters for x in (p, p.grad)]
-        places = tuple(0 if x is None else x.data_ptr() for x in tensors)
-        if places not in self.replays and places == self.last and len(self.replays) < MOST:
-            self._record(places)
-        if places in self.replays:
-            self.replays[places]()
-        else:
-            with self._capturable():
-                self.step()
-        self.last = places
+        key = self._key()
+        if key not in self.replays and key in self.seen and len(self.replays) < MOST:
+            self._record(key)
+        if key in self.replays:
+            self.replays[key]()
+            return
+        if len(self.seen) > MANY:
+            self.seen.clear()
+        self.seen.add(key)
+        with self._capturable():
+            self.step()
 
-    def _record(self, places: tuple[int, ...]) -> None:
+    def _key(self) -> Any:
+        """What a recording depends on: places of parameters, gradients and state, and settings."""
+        states = [self.optimizer.state.get(p, {}).get("exp_avg") for p in self.parameters]
+        tensors = [x for each in zip(self.parameters, states, strict=True) for x in (*each, each[0].grad)]
+        places = [0 if x is None else x.data_ptr() for x in tensors]
+        return *places, *(group[name] for group in self.optimizer.param_groups for name in SETTINGS)
+
+    def _record(self, key: Any) -> None:
         try:
             with self._capturable():
-                self.replays[places], _ = capture(self.optimizer.step, self.device)
+                self.replays[key], _ = capture(self.optimizer.step, self.device)
         except Exception as error:  # of CUDA or of the optimizer
             self.records = False
             _log.warning("%s is not recorded as a CUDA graph: %s", type(self.optimizer).__name__, error)

@@ -77,11 +77,22 @@ class Traced:
             with seeded(None, device):
                 known = function(*inputs)
             self._check(run, inputs, known)
-            if is_recordable(device):
-                run = _recorded(run, count)
-                for _ in range(3):
-                    self._check(run, inputs, known)
-        return run
+            return self._recorded(run, inputs, known) if is_recordable(device) else run
+
+    def _recorded(self, run: Any, inputs: tuple[Tensor, ...], known: Sequence[Tensor]) -> Any:
+        """What runs as a recording, or itself where that gives something else."""
+        replayed = Recorded(run, len(inputs))
+
+        def recorded(*inputs: Tensor) -> list[Tensor]:
+            return [x.clone() for x in replayed(*inputs)]
+
+        try:
+            for _ in range(3):
+                self._check(recorded, inputs, known)
+        except Exception as error:  # of CUDA, or that it gives something else
+            _log.warning("the programs are compiled, but not recorded as a CUDA graph: %s", reason(error))
+            return run
+        return recorded
 
     def _check(self, run: Any, inputs: tuple[Tensor, ...], known: Sequence[Tensor]) -> None:
         """Raise a ``ValueError`` if from the same random numbers something else is found than what is known."""
@@ -95,11 +106,6 @@ class Traced:
                     "from the same random numbers the graph gives something else; it seems to use numbers "
                     "that change and are neither tensors nor drawn by torch"
                 )
-
-
-def _recorded(run: Any, given: int) -> Any:
-    recorded = Recorded(run, given)
-    return lambda *inputs: [x.clone() for x in recorded(*inputs)]
 
 
 def lowered(graph: GraphModule, inputs: list[Any]) -> Any:

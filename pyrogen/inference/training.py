@@ -115,8 +115,9 @@ def fit(
         compile: Trace the objective once and train by a compiled graph, see :class:`~pyrogen.inference.Compiled`; what
             can't be compiled is trained as it is, with a warning. It takes 5 to 30 seconds, less for a program that was
             compiled before. ``"auto"`` compiles where the steps left would take over a minute and a half without.
-            On a GPU the graph is replayed as a CUDA graph, and the step of a fused optimizer as another. Convolutions
-            run there with their channels last; as it is, training keeps to how you laid out a module, such as by
+            On a GPU the graph is replayed as a CUDA graph, which keeps memory of its own for one step, and the step of
+            a fused Adam as another. The compiler lays out images with their channels last where it finds that faster;
+            as it is, training keeps to how you laid out a module, such as by
             ``module.to(memory_format=torch.channels_last)``.
         loader_workers: How many processes read a ``Dataset``, begun anew for each epoch; 0 for the training's own. The
             order stays. Such data need memory for some batches, and eight bytes for each row. Tensors need no

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from dataclasses import replace
 from functools import partial
 
 import pyro
@@ -127,11 +128,34 @@ def test_a_recorded_fit_is_the_fit(case, recorder, traced_only, caplog):
     assert recorder.count == 0
     again, found = losses(make, objective, compile=True, **options)
     assert not said(caplog)
-    assert recorder.count >= (2 if len(run.objective.critics) == 0 else 3)  # gradients, and a step of each optimizer
+    # Gradients of each kind, and a step by each: of a critic alone there may be others.
+    alone = run.options.critic.steps is not None
+    assert recorder.count == 2 * (1 + alone) + (len(run.objective.critics) > 0) + (case == "a schedule from 0")
     assert found == pytest.approx(known, rel=1e-4)
     for (name, a), b in zip(run.programs.state_dict().items(), again.programs.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=2e-2, atol=1e-3, msg=name)
     assert run.objective.step == again.objective.step
+
+
+def test_figures_of_other_shapes_and_types_are_recorded(recorder, traced_only, caplog):
+    class Detailed(ELBO):
+        def estimate(self, model, guide, *batch):
+            found = super().estimate(model, guide, *batch)
+            each = found.terms.log_likelihood.detach().mean(0)
+            return replace(
+                found, metrics=found.metrics | {"each": each, "rows": torch.tensor(len(each)).to(each.device)}
+            )
+
+    module = Detailed()(*programs()).to(recorder.device)
+    compiled, x = Compiled(module), X.to(recorder.device)
+    for _ in range(4):
+        torch.manual_seed(1)
+        module(x)
+        known = module.latest.metrics
+        torch.manual_seed(1)
+        compiled.backward(x)
+        torch.testing.assert_close(dict(module.latest.metrics), dict(known), rtol=1e-5, atol=1e-6)
+    assert recorder.count == 1 and compiled.why_not is None and not said(caplog)
 
 
 def test_a_recorded_fit_goes_on_bit_for_bit(recorder, traced_only, tmp_path):

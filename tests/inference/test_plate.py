@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.inspect import get_model_relations
 
 from pyrogen.distributions import Bernoulli, StandardNormal
 from pyrogen.inference import ELBO, IWAE, AmortizedGuide
@@ -80,3 +81,11 @@ def test_objectives_are_the_same_with_and_without_validation(objective):
             module(x).backward()
         found.append([module.latest.loss, *(p.grad.clone() for p in module.parameters())])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_pyro_can_draw_the_model(validate, parameter_store):
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, 6, (8,))))
+    with pyro.validation_enabled(validate):
+        relations = get_model_relations(model, (torch.zeros(3, 6),))
+    assert relations["plate_sample"] == {"data": ["z", "x"]} and relations["sample_sample"] == {"z": [], "x": ["z"]}

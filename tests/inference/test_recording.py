@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyrogen.inference import tracing
+from pyrogen.inference import recording, tracing
 from pyrogen.inference.recording import MOST, Recorded, RecordedStep
 from pyrogen.inference.tracing import Traced
 
@@ -114,23 +114,87 @@ def test_gradients_that_never_stay_are_not_recorded_for_ever(recorder):
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0 * (MOST + 3)}
 
 
-def test_an_optimizer_that_cannot_be_recorded_steps_as_it_is(recorder, caplog):
-    class Looking(torch.optim.Adam):
-        def step(self, closure=None):
-            if self.param_groups[0]["params"][0].sum().item() < 1e9:
-                super().step(closure)
+def steps_of(optimizer):
+    return {float(state["step"]) for state in optimizer.state.values()}
 
+
+def one_step(recorder, kind=torch.optim.Adam):
     network = nn.Linear(2, 1).to(recorder.device)
-    optimizer = Looking(network.parameters(), fused=True)
-    step = RecordedStep(optimizer, optimizer.step)
+    optimizer = kind(network.parameters(), fused=True)
     for p in network.parameters():
         p.grad = torch.ones_like(p)
+    return optimizer, RecordedStep(optimizer, optimizer.step), network
+
+
+def test_an_optimizer_that_cannot_be_recorded_steps_as_it_is(recorder, monkeypatch, caplog):
+    def failing(function, device):
+        raise RuntimeError("no memory is left")
+
+    monkeypatch.setattr(recording, "capture", failing)
+    optimizer, step, _ = one_step(recorder)
     for _ in range(4):
         step()
-    assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
-    assert len(said(caplog)) == 1 and "Looking is not recorded" in said(caplog)[0]
+    assert steps_of(optimizer) == {4.0}
+    assert said(caplog) == ["Adam is not recorded as a CUDA graph: no memory is left"]
     group = optimizer.param_groups[0]
     assert (group["lr"], group["capturable"]) == (1e-3, False)
+
+
+def test_what_an_optimizer_does_in_python_is_done_at_every_step(recorder):
+    class Growing(torch.optim.Adam):
+        def step(self, closure=None):
+            self.param_groups[0]["weight_decay"] += 0.1
+            super().step(closure)
+
+    optimizer, step, _ = one_step(recorder, Growing)
+    for _ in range(5):
+        step()
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.5)
+    optimizer, step, _ = one_step(recorder)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    for _ in range(5):
+        step()
+    assert len(calls) == 5 and recorder.count == 0
+
+
+def test_settings_and_state_that_change_are_followed(recorder):
+    optimizer, step, network = one_step(recorder)
+    for _ in range(3):
+        step()
+    assert recorder.count == 1
+    optimizer.load_state_dict(optimizer.state_dict())  # which puts other tensors in place
+    for _ in range(3):
+        step()
+    assert steps_of(optimizer) == {6.0}
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    optimizer.param_groups[0].update(lr=1.0, weight_decay=1e9)
+    own = [{name: x.clone() for name, x in state.items()} for state in optimizer.state.values()]
+    step()
+    assert own[0]["exp_avg"].ne(optimizer.state[network.weight]["exp_avg"]).all()
+    assert optimizer.state[network.weight]["exp_avg"].min() > 1e7  # the decay is part of the gradient
+
+
+def test_gradients_in_two_places_by_turns_are_recorded_both(recorder):
+    optimizer, step, network = one_step(recorder)
+    places = [[torch.ones_like(p) for p in network.parameters()] for _ in range(2)]
+    for turn in range(10):
+        for p, gradient in zip(network.parameters(), places[turn % 2], strict=True):
+            p.grad = gradient
+        step()
+    assert steps_of(optimizer) == {10.0} and recorder.count == len(step.replays) == 2
+
+
+def test_a_replay_that_does_nothing_is_seen(recorder, traced_only, monkeypatch, caplog):
+    monkeypatch.setattr(recording, "capture", lambda function, device: (lambda: None, function()))
+    monkeypatch.setattr(tracing, "UNCOMPILED", 0)
+    network = nn.Linear(3, 2).to(recorder.device)
+    traced, x = Traced(network), torch.ones(5, 3, device=recorder.device)
+    with torch.no_grad():
+        for scale in (1.0, 2.0, 3.0):
+            torch.testing.assert_close(traced(lambda x: [network(x)], scale * x), [network(scale * x)])
+    assert traced.why_not is None and "not recorded as a CUDA graph" in said(caplog)[-1]
 
 
 def test_what_a_traced_function_gives_stays(recorder, traced_only, monkeypatch, caplog):

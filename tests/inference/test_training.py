@@ -28,6 +28,7 @@ from pyrogen.inference import (
     loop,
 )
 from pyrogen.inference.checkpoints import read_tensors
+from pyrogen.inference.compilation import Compiled
 from pyrogen.inference.loop import CHECKPOINT
 from pyrogen.models import LatentVariableModel, ProbabilisticPCA
 from pyrogen.networks import MLP, ConvDecoder, ConvEncoder
@@ -137,8 +138,8 @@ def test_resuming_gives_the_run_never_interrupted(options, how, digits, tmp_path
     assert len(whole.history) >= 3
 
 
-@pytest.mark.parametrize("function", [False, True])
-def test_resuming_modules_whose_channels_come_last(function, digits, tmp_path):
+@pytest.mark.parametrize("kind", ["model", "function", "module"])
+def test_resuming_modules_whose_channels_come_last(kind, digits, traced_only, tmp_path):
     """A checkpoint holds tensors row by row; what a fused optimizer gathers lies as its parameters do."""
 
     def trained(folder, epochs):
@@ -148,16 +149,25 @@ def test_resuming_modules_whose_channels_come_last(function, digits, tmp_path):
         model = LatentVariableModel(StandardNormal(2), Bernoulli(decoder))
         guide = AmortizedGuide(model, encoder)
         options: Any = {"epochs": epochs, "batch_size": 32, "progress": False, "out": folder, "resume": True}
-        return fit(registering(model, decoder) if function else model, guide, ELBO(), digits, **options)
+        return fit(registering(model, decoder), guide, ELBO(), digits, **options)
 
     def registering(model, decoder):
-        """The model as a function that registers parameters, of which Pyro stores copies where they lie otherwise."""
+        """The model as one that registers parameters, of which Pyro stores copies where they lie otherwise."""
+
+        class Registering(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                pyro.module("decoder", decoder)
+                return self.model(x)
 
         def function(x):
             pyro.module("decoder", decoder)
             return model(x)
 
-        return function
+        return {"model": model, "function": function, "module": Registering()}[kind]
 
     whole = trained(tmp_path / "whole", 4)
     trained(tmp_path / "part", 2)
@@ -167,6 +177,11 @@ def test_resuming_modules_whose_channels_come_last(function, digits, tmp_path):
         assert torch.equal(one, other) and one.stride() == other.stride()
     kernels = [p for p in resumed.programs.parameters() if p.dim() == 4]
     assert len(kernels) == 4 and sum(not kernel.is_contiguous() for kernel in kernels) == 2
+    module = ELBO()(resumed.model, resumed.guide)
+    compiled = Compiled(module)
+    compiled.backward(digits.train[:8].float().round())
+    assert compiled.why_not is None
+    assert all(kernel.grad is not None and kernel.grad.stride() == kernel.stride() for kernel in kernels)
 
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_there(digits, tmp_path):
