@@ -27,25 +27,27 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if operation.namespace == "profiler":
             return operation(*args, **kwargs)
-        if operation._schema.is_mutable:
-            self.operations.append((operation, args, kwargs, []))
-            copied_args, copied_kwargs = tree_map(
-                lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs)
-            )
-            return args[0] if isinstance(operation(*copied_args, **copied_kwargs), torch.Tensor) else None
-        found = operation(*args, **kwargs)
-        places = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        # Views of what there is are filled with it.
-        fresh = [None if x.untyped_storage().data_ptr() in places else x for x in tree_leaves(found)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        copies = [x.clone() if operation._schema.is_mutable else x for x in inputs]
+        left = iter(copies)
+        taken = tree_map(lambda x: next(left) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        found = operation(*taken[0], **taken[1])
+        known = {copy.untyped_storage().data_ptr(): x for copy, x in zip(copies, inputs, strict=True)}
+        # What was written to is the input itself; views of what there is are filled with it.
+        fresh = [None if _place(x) in {None, *known} else x for x in tree_leaves(found)]
         self.operations.append((operation, args, kwargs, fresh))
-        return found
+        return tree_map(lambda x: known.get(_place(x), x), found) if operation._schema.is_mutable else found
 
     def replay(self) -> None:
         for operation, args, kwargs, fresh in self.operations:
             found = operation(*args, **kwargs)
-            for x, value in zip(fresh, tree_leaves(found) if fresh else [], strict=True):
+            for x, value in zip(fresh, tree_leaves(found), strict=True):
                 if x is not None:
                     x.copy_(value)
+
+
+def _place(x: Any) -> int | None:
+    return x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
 
 
 class Recorder:
