@@ -30,12 +30,26 @@ SMALL = [
 COMPARE = ["compare", *SMALL, "--guides", "Normal", "MultivariateNormal", "--objectives", "ELBO"]
 COMPARE += ["--particles", "4", "--test_rows", "20"]
 
-PROGRAMS = '''
+PLAIN = """
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import nn
+
+decoder = nn.Linear(2, 64)
+
+
+def model(x):
+    pyro.module("decoder", decoder)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Bernoulli(logits=decoder(z).reshape(-1, 1, 8, 8)).to_event(3), obs=x)
+"""
+
+PROGRAMS = (
+    PLAIN
+    + '''
+from pyro.nn import PyroModule
 
 
 class Model(PyroModule):
@@ -54,16 +68,6 @@ class Model(PyroModule):
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
 
 
-decoder = nn.Linear(2, 64)
-
-
-def model(x):
-    pyro.module("decoder", decoder)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Bernoulli(logits=decoder(z).reshape(-1, 1, 8, 8)).to_event(3), obs=x)
-
-
 def broken(x):
     raise ValueError("a fault of my own")
 
@@ -71,6 +75,7 @@ def broken(x):
 class NotAProgram:
     pass
 '''
+)
 
 
 @pytest.fixture(autouse=True)
@@ -716,12 +721,9 @@ def test_a_path_that_is_too_long(arguments, tmp_path, capsys):
     assert len(said) < 200 and not [*tmp_path.iterdir()]
 
 
-UNUSUAL = '''
-import pyro
-import pyro.distributions as dist
-import torch
-from torch import nn
-
+UNUSUAL = (
+    PLAIN
+    + '''
 
 class DirichletPrior(nn.Module):
     def __init__(self, latent):
@@ -776,16 +778,6 @@ class Odd(nn.Module):
         return dist.Normal(self.linear(context), 1.0).to_event(1)
 
 
-decoder = nn.Linear(2, 64)
-
-
-def model(x):
-    pyro.module("decoder", decoder)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("x", dist.Bernoulli(logits=decoder(z).reshape(-1, 1, 8, 8)).to_event(3), obs=x)
-
-
 class Two(Odd):
     """As the site of that model, whatever --latent says."""
 
@@ -803,6 +795,7 @@ class Broken(nn.Module):
     def forward(self, z):
         return self.nothing(z)
 '''
+)
 
 
 @pytest.mark.parametrize(

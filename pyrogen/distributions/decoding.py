@@ -1,6 +1,5 @@
 r"""From a decoder's output to the parameters of a distribution: shapes, and scales kept positive."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -82,12 +81,12 @@ def decode(decoder: nn.Module, z: Tensor) -> tuple[Tensor, int]:
     """
     if z.dim() == 0:
         raise ValueError("latents must have shape (..., D), got a scalar; unsqueeze its last dimension")
-    batch = z.shape[:-1]
-    output = decoder(z if len(batch) == 1 else z.reshape(math.prod(batch), z.shape[-1]))
-    if output.dim() < 2 or output.shape[0] != math.prod(batch):
+    batch = torch.Size(z.shape[:-1])
+    output = decoder(z if len(batch) == 1 else z.reshape(batch.numel(), z.shape[-1]))
+    if output.dim() < 2 or output.shape[0] != batch.numel():
         raise ValueError(
-            f"the decoder must map latents of shape ({math.prod(batch)}, {z.shape[-1]}) to "
-            f"({math.prod(batch)}, *event_shape), got {tuple(output.shape)}; "
+            f"the decoder must map latents of shape ({batch.numel()}, {z.shape[-1]}) to "
+            f"({batch.numel()}, *event_shape), got {tuple(output.shape)}; "
             "keep the first dimension and give each row at least one more"
         )
     if output.dtype in (torch.float16, torch.bfloat16):

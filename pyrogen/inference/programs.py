@@ -54,6 +54,7 @@ __all__ = [
     "rehearsal",
     "repeat",
     "sample_sites",
+    "stored_parameters",
     "trace_of",
     "unregistered",
 ]
@@ -333,7 +334,7 @@ class Program(nn.Module):
             evaluation_mode(function),
         ):
             trace = trace_of(function, *batch)
-        self._store["params"] |= {name: value for name, value in _registered(trace) if name in self._store["params"]}
+        self._store["params"] |= {name: value for name, value in _copied(trace) if name in self._store["params"]}
         known = {id(parameter) for parameter in self.parameters()}
         for name, value in self._store["params"].items():
             if id(value) not in known:
@@ -398,26 +399,26 @@ def as_module(program: Callable, *batch: Tensor) -> nn.Module:
     """The program as a module that owns all its parameters: itself where it does already, else a :class:`Program`."""
     if isinstance(program, nn.Module):
         known = {id(parameter) for parameter in program.parameters()}
-        nodes: Any = prototype(program, *batch, in_training=True).nodes.values()
-        seen = (node["value"] for node in nodes if node["type"] == "param")
-        if all(id(value.unconstrained() if hasattr(value, "unconstrained") else value) in known for value in seen):
+        if all(id(parameter) in known for parameter in stored_parameters(prototype(program, *batch, in_training=True))):
             return program
     return Program(program, *batch)
 
 
-def _registered(trace: poutine.Trace) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that a program has registered, by name, a module's as the module has them.
+def stored_parameters(trace: poutine.Trace) -> list[Tensor]:
+    """The unconstrained parameters that a program has registered, as Pyro has stored them."""
+    values: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
+    return [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
 
-    Pyro stores those that are not contiguous, such as kernels whose channels come last, as copies.
-    """
+
+def _copied(trace: poutine.Trace) -> Iterator[tuple[str, nn.Parameter]]:
+    """Modules' own parameters, with their names, of which Pyro stores copies: those that are not contiguous, such as
+    kernels whose channels come last."""
     nodes: Any = trace.nodes.items()
     for name, node in nodes:
-        if node["type"] == "param":
-            value, given = node["value"], next(iter(node["args"][1:]), None)
-            copied = isinstance(given, nn.Parameter) and not given.is_contiguous()
-            if copied and node["kwargs"]["constraint"] is constraints.real:
-                value = given
-            yield name, value.unconstrained() if hasattr(value, "unconstrained") else value
+        if node["type"] == "param" and node["kwargs"]["constraint"] is constraints.real:
+            given = next(iter(node["args"][1:]), None)
+            if isinstance(given, nn.Parameter) and not given.is_contiguous():
+                yield name, given
 
 
 def no_sites(*batch: Tensor) -> None:

@@ -154,7 +154,7 @@ class RecordedStep:
         if not self.records or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             self.step()
             return
-        for index, group in enumerate(self.optimizer.param_groups):
+        for index, group in enumerate(optimizer.param_groups):
             if group["lr"] != self.known[index]:
                 self.known[index] = group["lr"]
                 self.rates[index].fill_(group["lr"])

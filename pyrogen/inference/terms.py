@@ -24,6 +24,7 @@ from pyrogen.inference.programs import (
     per_row,
     repeat,
     sample_sites,
+    stored_parameters,
     trace_of,
     unregistered,
 )
@@ -384,8 +385,7 @@ def _frozen_replay(
 
 def parameters_of(program: Any, trace: poutine.Trace) -> list[Tensor]:
     """The parameters of a program: those in a trace of it, and its own where it is a module."""
-    values: list[Any] = [node["value"] for node in trace.nodes.values() if node["type"] == "param"]
-    found = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
+    found = stored_parameters(trace)
     return [*found, *program.parameters()] if hasattr(program, "parameters") else found
 
 
