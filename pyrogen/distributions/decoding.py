@@ -81,7 +81,7 @@ def decode(decoder: nn.Module, z: Tensor) -> tuple[Tensor, int]:
     """
     if z.dim() == 0:
         raise ValueError("latents must have shape (..., D), got a scalar; unsqueeze its last dimension")
-    batch = torch.Size(z.shape[:-1])
+    batch = torch.Size(z.shape[:-1])  # else a tuple, where Pyro draws the model
     output = decoder(z if len(batch) == 1 else z.reshape(batch.numel(), z.shape[-1]))
     if output.dim() < 2 or output.shape[0] != batch.numel():
         raise ValueError(

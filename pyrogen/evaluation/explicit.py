@@ -13,7 +13,14 @@ from pyrogen.arguments import check_counts, checked
 from pyrogen.distributions import MultivariateNormal, Normal, Vamp
 from pyrogen.evaluation.running import ROWS, Prepared, prepared
 from pyrogen.inference.guides import AmortizedGuide
-from pyrogen.inference.programs import evaluation_mode, global_draws, modules_of, trace_of, unregistered
+from pyrogen.inference.programs import (
+    clear_gradients,
+    evaluation_mode,
+    global_draws,
+    modules_of,
+    trace_of,
+    unregistered,
+)
 from pyrogen.inference.terms import compare_sites, nothing, trace_programs
 from pyrogen.networks.mlp import MLP, as_shape
 
@@ -185,5 +192,4 @@ def _fit(pair: Prepared, guide: nn.Module, steps: int, size: int) -> None:
         elif (left_out := left_out + 1) > steps // 2:
             raise ArithmeticError(f"the loss of the explicit guide is NaN; it began at {terms.origin_of_nan()}")
         schedule.step()
-    for parameter in parameters:
-        parameter.grad = None
+    clear_gradients(parameters)

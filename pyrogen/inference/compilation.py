@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrogen.arguments import checked
 from pyrogen.inference.objectives import Estimate, ObjectiveModule
-from pyrogen.inference.programs import modules_of
+from pyrogen.inference.programs import clear_gradients, modules_of
 from pyrogen.inference.recording import Recorded, is_recordable
 from pyrogen.inference.tracing import lowered, reason
 from pyrogen.inference.turns import seeded
@@ -87,6 +87,7 @@ class Compiled:
         # With the modules that functions refer to.
         self._whole = nn.ModuleList([module, *modules_of(module.model), *modules_of(module.guide)])
         self._modules, self._parameters = [*self._whole.modules()], [*self._whole.parameters()]
+        self._critics = [*module.critics.parameters()]
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss of a batch, to be differentiated; ``module.latest`` then holds the whole estimate."""
@@ -111,11 +112,11 @@ class Compiled:
 
     def _filled(self, which: str, batch: tuple[Tensor, ...]) -> Estimate:
         graph = self._graph(which, batch)
-        for parameter in self._root(which).parameters():
-            parameter.grad = None
         if graph is None:
+            self._root(which).zero_grad()
             getattr(self.module, which)(*batch).backward()
         else:
+            clear_gradients(self._critics if which == "critic_loss" else self._parameters)
             for parameter, gradient in zip(graph.trained, self._run(graph, batch)[1], strict=True):
                 parameter.grad = gradient
         return self.module.latest  # type: ignore[return-value]

@@ -31,7 +31,7 @@ from pyrogen.inference.folders import CHECKPOINT, CONFIGURATION, SETTINGS, WEIGH
 from pyrogen.inference.objectives import Estimate
 from pyrogen.inference.optimizers import adam, learning_rate_factor, optimizer_of, trained_parameters
 from pyrogen.inference.parallel import Processes
-from pyrogen.inference.programs import latent_sites, prototype
+from pyrogen.inference.programs import clear_gradients, latent_sites, prototype
 from pyrogen.inference.reading import INACTIVE_UNITS
 from pyrogen.inference.recording import RecordedStep, is_recordable
 from pyrogen.inference.resuming import check_alike, identity_of, read_checkpoint, restore, write_checkpoint
@@ -435,7 +435,7 @@ class Training:
             if self.compiled is not None and len(batch[0]) == self.full:
                 return self.compiled.backward(*batch)
             loss = self.programs(*batch)
-        _clear([*self.trained, *self.critics])
+        clear_gradients([*self.trained, *self.critics])
         self.fabric.backward(loss)
         return self.programs.latest  # type: ignore[return-value]
 
@@ -480,7 +480,7 @@ class Training:
                 self.compiled.critics_backward(*batch)
                 return torch.zeros((), device=self.fabric.device)
             loss = self.programs.critic_loss(*batch)
-        _clear(self.critics)
+        clear_gradients(self.critics)
         self.fabric.backward(loss)
         return loss.detach()
 
@@ -596,12 +596,6 @@ class Training:
             yield
         except WriteError as error:
             raise WriteError(f"{error}. Training stands at step {self.step}, and {where_it_stands(self)}") from error
-
-
-def _clear(parameters: list[nn.Parameter]) -> None:
-    """Take gradients away, as optimizers do after they have announced it to a profiler."""
-    for parameter in parameters:
-        parameter.grad = None
 
 
 def _give_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrogen.inference.folders import CHECKPOINT
 from pyrogen.inference.objectives import Estimate
+from pyrogen.inference.programs import clear_gradients
 
 if TYPE_CHECKING:
     from pyrogen.inference.loop import Training
@@ -121,8 +122,7 @@ def out_of_memory(training: "Training", lacking: str) -> str:
 
 
 def _fits(training: "Training", rows: int) -> bool:
-    for parameter in (*training.trained, *training.critics):
-        parameter.grad = None
+    clear_gradients([*training.trained, *training.critics])
     if training.fabric.device.type == "cuda":
         torch.cuda.empty_cache()
     try:

@@ -33,7 +33,7 @@ def leading_shape(x: Tensor, shape: tuple[int, ...]) -> Size:
             f"expected an input of shape (..., {', '.join(map(str, shape))}), got {tuple(x.shape)}; "
             "reshape it, or build the network with inputs= set to the shape of one observation"
         )
-    return Size(x.shape[:cut])
+    return Size(x.shape[:cut])  # else a tuple, where Pyro draws the model
 
 
 def dense(sizes: Sequence[int], activation: type[nn.Module]) -> list[nn.Module]:

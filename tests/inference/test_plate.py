@@ -12,7 +12,7 @@ from pyrogen.inference import ELBO, IWAE, AmortizedGuide
 from pyrogen.inference.programs import sample_sites
 from pyrogen.models import LatentVariableModel
 from pyrogen.models.plate import data_plate
-from pyrogen.networks import MLP
+from pyrogen.networks import MLP, ConvDecoder
 
 
 def traced(program, *batch):
@@ -84,8 +84,9 @@ def test_objectives_are_the_same_with_and_without_validation(objective):
 
 
 @pytest.mark.parametrize("validate", [True, False])
-def test_pyro_can_draw_the_model(validate, parameter_store):
-    model = LatentVariableModel(StandardNormal(2), Bernoulli(MLP(2, 6, (8,))))
+@pytest.mark.parametrize("decoder", [lambda: MLP(2, (1, 8, 8), (8,)), lambda: ConvDecoder(2, (1, 8, 8), (8,))])
+def test_pyro_can_draw_the_model(decoder, validate, parameter_store):
+    model = LatentVariableModel(StandardNormal(2), Bernoulli(decoder()))
     with pyro.validation_enabled(validate):
-        relations = get_model_relations(model, (torch.zeros(3, 6),))
+        relations = get_model_relations(model, (torch.zeros(3, 1, 8, 8),))
     assert relations["plate_sample"] == {"data": ["z", "x"]} and relations["sample_sample"] == {"z": [], "x": ["z"]}
